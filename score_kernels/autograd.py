@@ -1,0 +1,193 @@
+"""The autograd Functions of the ops, and the same static methods registered as the operators' autograd formulas.
+
+`ScoreMLPFunction.apply(options, h, x0, coefficients, state_scale, x0_scale, *parameters)` takes the flat form of a call
+(`problem.Options`, `problem.SHAPES`) and returns (h_T, trajectory). Gradients come from the operator `<op>_backward`, which is
+itself differentiable, through the reference: double backward works in eager mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .ops import operator
+from .problem import LEADING, Options, Problem
+
+Tensors = Sequence[Tensor | None]
+
+
+class _ScoreFunction(torch.autograd.Function):
+    """What the Functions of all ops share; a subclass names its op."""
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_trajectory: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, trajectory = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[1:])
+        if grad_out is None and grad_trajectory is None:
+            return None, *(None for _ in needs)
+        flat = (grad_out, grad_trajectory, trajectory, *tensors)
+        found = iter(_BackwardFunction.apply(ctx.op, ctx.options, needs, *flat))
+        return None, *(next(found) if need else None for need in needs)
+
+
+def _run(op: str, options: Options, tensors: Tensors) -> tuple[Tensor, Tensor]:
+    return operator(op)(*tensors[:LEADING], list(tensors[LEADING:]), *options)
+
+
+def _save(ctx: Any, op: str, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
+    ctx.op = op
+    ctx.options, *tensors = inputs
+    ctx.save_for_backward(*tensors, output[1] if ctx.options.trajectory else None)
+    ctx.set_materialize_grads(False)
+
+
+def _vmap(function: type[_ScoreFunction], info: Any, in_dims: Sequence[int | None], options: Options, tensors: Tensors) -> Any:
+    """A batch of states is more rows; a batch of anything else is a loop."""
+    dims = in_dims[1:]
+    if all(dim is None for dim in (*dims[2:], *([] if tensors[1] is None else [dims[1]] if dims[0] is None else []))):
+        moved = [_batch_first(x, dim, info.batch_size) for x, dim in zip(tensors[:2], dims, strict=False)]
+        out, trajectory = function.apply(options, *moved, *tensors[2:])
+        return (out, trajectory), (0, 1 if options.trajectory else None)
+    calls = [function.apply(options, *_select(tensors, dims, i)) for i in range(info.batch_size)]
+    return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0, 0)
+
+
+def _batch_first(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    if x is None:
+        return None
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def _select(tensors: Tensors, dims: Sequence[int | None], i: int) -> list[Tensor | None]:
+    return [x if x is None or dim is None else x.select(dim, i) for x, dim in zip(tensors, dims, strict=True)]
+
+
+class ScoreLinearFunction(_ScoreFunction):
+    """score_linear; parameters: weight, bias, norm_weight, norm_bias, each `options.counts` tensors."""
+
+    @staticmethod
+    def forward(options: Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _run("linear", options, tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _save(ctx, "linear", inputs, output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], options: Options, *tensors: Tensor | None) -> Any:
+        return _vmap(ScoreLinearFunction, info, in_dims, options, tensors)
+
+
+class ScoreMLPFunction(_ScoreFunction):
+    """score_mlp; parameters: w1, b1, w2, b2, w_gate, b_gate, norm_weight, norm_bias, each `options.counts` tensors."""
+
+    @staticmethod
+    def forward(options: Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _run("mlp", options, tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _save(ctx, "mlp", inputs, output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], options: Options, *tensors: Tensor | None) -> Any:
+        return _vmap(ScoreMLPFunction, info, in_dims, options, tensors)
+
+
+class _BackwardFunction(torch.autograd.Function):
+    """The operator `<op>_backward`, returning the gradients that `needs` asks for; differentiable through the reference."""
+
+    @staticmethod
+    def forward(op: str, options: Options, needs: list[bool], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        grads, inputs = tensors[:3], tensors[3:]
+        return tuple(operator(f"{op}_backward")(*grads, *inputs[:LEADING], list(inputs[LEADING:]), needs, *options))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.op, ctx.options, ctx.needs, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_out, grad_trajectory, _, *tensors = ctx.saved_tensors
+        inputs = (grad_out, grad_trajectory, *tensors)
+        first, second, *rest = _second_order(ctx.op, ctx.options, ctx.needs, inputs, grads)
+        return None, None, None, first, second, None, *rest
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[Any], op: str, options: Options, needs: list[bool], *tensors: Tensor | None) -> Any:
+        calls = [_BackwardFunction.apply(op, options, needs, *_select(tensors, in_dims[3:], i)) for i in range(info.batch_size)]
+        outputs = tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True))
+        return outputs, (0,) * len(outputs)
+
+
+def _second_order(op: str, options: Options, needs: Sequence[bool], inputs: Tensors, grads: Tensors) -> list[Tensor | None]:
+    """Gradients of <grads, op_backward(inputs)> for inputs = (grad_out, grad_trajectory, *tensors), by autograd."""
+    with torch.enable_grad():
+        # Aliases keep apart a tensor that is given twice, as x0 = h or tied weights are.
+        aliases = [x if x is None or not x.requires_grad else x.view_as(x) for x in inputs]
+        cotangents, tensors = aliases[:2], aliases[2:]
+        last, states = reference.score(Problem.build(op, tensors, options))
+        outputs = (last, None if cotangents[1] is None else torch.stack(states))
+        first = torch.autograd.grad(
+            [o for o, g in zip(outputs, cotangents, strict=True) if g is not None and o is not None],
+            [x for x, need in zip(tensors, needs, strict=True) if need and x is not None],
+            [g for g in cotangents if g is not None],
+            create_graph=True,
+            materialize_grads=True,
+        )
+        pairs = [(f, g) for f, g in zip(first, grads, strict=True) if g is not None and f.requires_grad]
+        wanted = [i for i, x in enumerate(aliases) if x is not None and x.requires_grad]
+        found: list[Tensor | None] = [None] * len(aliases)
+        if pairs and wanted:
+            targets = [aliases[i] for i in wanted]
+            outer = torch.autograd.grad(
+                [f for f, _ in pairs], targets, [g for _, g in pairs], create_graph=True, allow_unused=True
+            )  # fmt: skip
+            for i, gradient in zip(wanted, outer, strict=True):
+                found[i] = gradient
+    return found
+
+
+def score(op: str, options: Options, tensors: Tensors) -> tuple[Tensor, Tensor]:
+    """(h_T, trajectory), differentiable: the operator where a graph is traced, else the Function, which torch.func needs."""
+    if torch.compiler.is_compiling():
+        return _run(op, options, tensors)
+    return FUNCTIONS[op].apply(options, *tensors)
+
+
+def _register(op: str, function: type[_ScoreFunction]) -> None:
+    """The operators' autograd formulas: the Functions' static methods, between the operators' lists and the flat form."""
+
+    def setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
+        options = Options(*inputs[LEADING + 1 :])
+        function.setup_context(ctx, (options, *inputs[:LEADING], *inputs[LEADING]), output)
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad
+        ctx.needs_input_grad = (False, *needs[:LEADING], *needs[LEADING])
+        _, *found = function.backward(ctx, *grads)
+        return *found[:LEADING], found[LEADING:], *(None for _ in Options._fields)
+
+    def setup_second(ctx: Any, inputs: Sequence[Any], output: list[Tensor]) -> None:
+        grads, tensors, (parameters, needs, *options) = inputs[:3], inputs[3 : 3 + LEADING], inputs[3 + LEADING :]
+        _BackwardFunction.setup_context(ctx, (op, Options(*options), needs, *grads, *tensors, *parameters), tuple(output))
+
+    def second(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+        found = _BackwardFunction.backward(ctx, *grads)[3:]
+        leading = 3 + LEADING
+        return *found[:leading], list(found[leading:]), None, *(None for _ in Options._fields)
+
+    torch.library.register_autograd(f"score_kernels::{op}", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"score_kernels::{op}_backward", second, setup_context=setup_second)
+
+
+FUNCTIONS: dict[str, type[_ScoreFunction]] = {"linear": ScoreLinearFunction, "mlp": ScoreMLPFunction}
+
+for _op, _function in FUNCTIONS.items():
+    _register(_op, _function)

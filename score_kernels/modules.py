@@ -1,0 +1,223 @@
+"""`ScoreLinear` and `ScoreMLP`: the ops as modules that hold their parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypedDict, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .arguments import one_of
+from .problem import NORMS, SHAPES
+
+# A learned dt stays this far inside (0, 1), where float32 still tells it from the ends.
+MARGIN = 2.0**-20
+
+
+class ModuleOptions(TypedDict, total=False):
+    """Keyword arguments that a module passes on to its op; see `functional.score_mlp`."""
+
+    negative_slope: float
+    eps: float
+    update: str
+    solver: str
+    order: str
+    x0_scale: float | Tensor
+    state_scale: float | Tensor
+    grad_iterations: int
+    save_trajectory: bool
+    backend: str
+
+
+class _ScoreModule(nn.Module):
+    """Parameters by the names and shapes of `SHAPES[op]`, with a leading L when `layers` is more than 1."""
+
+    op: str
+
+    def __init__(
+        self,
+        sizes: dict[str, int],
+        absent: tuple[str, ...],
+        iterations: int,
+        dt: float | Tensor | None,
+        learn_dt: bool | str,
+        layers: int,
+        bias: bool,
+        norm: str | None,
+        activation: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        options: ModuleOptions,
+    ) -> None:
+        super().__init__()
+        one_of("learn_dt", str(learn_dt), ("False", "scalar", "per_iteration"))
+        one_of("norm", "none" if norm is None else norm, NORMS)
+        if not 1 <= layers <= iterations:
+            raise ValueError(f"layers: expected 1 to iterations = {iterations} parameter sets, got {layers}")
+        self.iterations, self.layers, self.learn_dt, self.norm, self.activation = iterations, layers, learn_dt, norm, activation
+        self.sizes = sizes
+        absent += () if bias else tuple(name for name in SHAPES[self.op] if name.startswith("b") or name.endswith("bias"))
+        absent += {None: ("norm_weight", "norm_bias"), "rmsnorm": ("norm_bias",)}.get(norm, ())
+        for name, dims in SHAPES[self.op].items():
+            shape = (*((layers,) if layers > 1 else ()), *(sizes[d] for d in dims))
+            parameter = None if name in absent else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            self.register_parameter(name, parameter)
+        self._hold_dt(dt, device, str(options.get("update", "contractive")))
+        self.options = {name: value for name, value in options.items() if not isinstance(value, Tensor)}
+        for name, value in options.items():
+            if isinstance(value, Tensor):
+                self._hold(name, value.to(device))
+        self.reset_parameters()
+
+    def _hold(self, name: str, value: Tensor) -> None:
+        if isinstance(value, nn.Parameter):
+            self.register_parameter(name, value)
+        else:
+            self.register_buffer(name, value)
+
+    def _hold_dt(self, dt: float | Tensor | None, device: torch.device | str | None, update: str) -> None:
+        if not self.learn_dt:
+            if isinstance(dt, Tensor):
+                self._hold("fixed_dt", dt.to(device))
+            else:
+                self.fixed_dt = dt
+            return
+        if update == "replace":
+            raise ValueError('learn_dt: expected False with update="replace", which has no dt, got ' + repr(self.learn_dt))
+        start = torch.as_tensor(0.5 if dt is None else dt, dtype=torch.float32, device=device).detach()
+        if not bool(((start > MARGIN) & (start < 1 - MARGIN)).all()):
+            raise ValueError(f"dt: expected a start strictly inside (0, 1) with learn_dt={self.learn_dt!r}, got {dt}")
+        shape = () if self.learn_dt == "scalar" else (self.iterations,)
+        if start.dim() > len(shape):
+            raise ValueError(f"dt: expected shape {shape} with learn_dt={self.learn_dt!r}, got {tuple(start.shape)}")
+        self.register_buffer("initial_dt", start.expand(shape).clone(), persistent=False)
+        self.dt_logit = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
+
+    @property
+    def dt(self) -> float | Tensor | None:
+        """The step: as given, or the learned one, strictly inside (0, 1)."""
+        if not self.learn_dt:
+            return self.fixed_dt  # type: ignore[return-value]
+        return MARGIN + (1 - 2 * MARGIN) * torch.sigmoid(self.dt_logit.to(torch.promote_types(self.dt_logit.dtype, torch.float32)))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Weights and biases as `nn.Linear` starts them, norms at 1 and 0, a learned dt at its initial value."""
+        fan_in = self.sizes["D"]
+        for name, parameter in self.named_parameters(recurse=False):
+            if name == "norm_weight":
+                nn.init.ones_(parameter)
+            elif name == "norm_bias":
+                nn.init.zeros_(parameter)
+            elif name == "dt_logit":
+                parameter.copy_(torch.logit((self.initial_dt - MARGIN) / (1 - 2 * MARGIN)))  # type: ignore[operator]
+            elif name in SHAPES[self.op]:
+                # A bias follows its weight in SHAPES and starts within the same bound.
+                fan_in = self.sizes[SHAPES[self.op][name][1]] if len(SHAPES[self.op][name]) == 2 else fan_in
+                nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+    def forward(self, h: Tensor, *, x0: Tensor | None = None, iterations: int | None = None) -> Tensor:
+        """h (..., D) -> (..., D). x0: injected state, like h. iterations: depth of this call, default the module's."""
+        function: Callable[..., Tensor] = getattr(functional, f"score_{self.op}")
+        parameters = {name: getattr(self, name) for name in SHAPES[self.op]}
+        held = {name: getattr(self, name) for name in ("x0_scale", "state_scale") if hasattr(self, name)}
+        if x0 is None:
+            held.pop("x0_scale", None)
+        return function(
+            h,
+            **parameters,
+            iterations=self.iterations if iterations is None else iterations,
+            dt=self.dt,
+            activation=self.activation,
+            norm=self.norm,
+            x0=x0,
+            **self.options,
+            **held,
+        )
+
+    def extra_repr(self) -> str:
+        parts = [*(str(size) for size in self.sizes.values()), f"iterations={self.iterations}"]
+        if self.layers > 1:
+            parts.append(f"layers={self.layers}")
+        dt = self.learn_dt if self.learn_dt else self.fixed_dt
+        if self.learn_dt:
+            parts.append(f"learn_dt={self.learn_dt!r}")
+        elif dt is not None:
+            parts.append(f"dt={dt if not isinstance(dt, Tensor) else dt.tolist()}")
+        parts.append(f"activation={self.activation!r}")
+        parts += [f"norm={self.norm!r}"] if self.norm else []
+        parts += [f"{name}={value!r}" for name, value in self.options.items()]
+        return ", ".join(parts)
+
+
+class ScoreLinear(_ScoreModule):
+    """T iterations of one shared `act(norm(h) W^T + b)`, D -> D, instead of a stack of T layers.
+
+    Args:
+        features: D.
+        iterations: T.
+        dt: a number, or a tensor () or (T,); None: 0.5 contractive, 1 residual.
+        learn_dt: False, "scalar" or "per_iteration": a sigmoid-parametrised dt strictly inside (0, 1), started at `dt`.
+        layers: L, the number of parameter sets: 1 shared by all iterations, T one each.
+        bias: biases, those of a layernorm included.
+        activation, norm, **options: as for `functional.score_linear`.
+
+    `forward(h, *, x0=None, iterations=None)` takes (..., D) and returns (..., D).
+    """
+
+    op = "linear"
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        iterations: int = 4,
+        dt: float | Tensor | None = None,
+        learn_dt: bool | str = False,
+        layers: int = 1,
+        bias: bool = True,
+        activation: str = "relu",
+        norm: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Unpack[ModuleOptions],
+    ) -> None:
+        sizes = {"D": features}
+        super().__init__(sizes, (), iterations, dt, learn_dt, layers, bias, norm, activation, device, dtype, options)
+
+
+class ScoreMLP(_ScoreModule):
+    """T iterations of one shared `act(norm(h) W1^T + b1) W2^T + b2`, D -> H -> D, instead of a stack of T blocks.
+
+    Args:
+        features, hidden_features: D, H.
+        gated: with a gate, `(act(n Wg^T + bg) * (n W1^T + b1)) W2^T + b2`; activation="silu" makes it SwiGLU.
+        iterations, dt, learn_dt, layers, bias, activation, norm, **options: as for `ScoreLinear`, `functional.score_mlp`.
+
+    `forward(h, *, x0=None, iterations=None)` takes (..., D) and returns (..., D).
+    """
+
+    op = "mlp"
+
+    def __init__(
+        self,
+        features: int,
+        hidden_features: int,
+        *,
+        gated: bool = False,
+        iterations: int = 4,
+        dt: float | Tensor | None = None,
+        learn_dt: bool | str = False,
+        layers: int = 1,
+        bias: bool = True,
+        activation: str = "gelu",
+        norm: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Unpack[ModuleOptions],
+    ) -> None:
+        sizes, absent = {"D": features, "H": hidden_features}, () if gated else ("w_gate", "b_gate")
+        super().__init__(sizes, absent, iterations, dt, learn_dt, layers, bias, norm, activation, device, dtype, options)

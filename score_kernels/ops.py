@@ -1,0 +1,131 @@
+"""The registered operators: `torch.ops.score_kernels.<op>`, its gradient `<op>_backward`, and the in-place form `<op>_`.
+
+The backend is chosen inside the operator, from the tensors it is given: never while a graph is traced. Every operator takes
+the flat form of a call (`Problem.build`), its parameters in one list with `counts` telling how many tensors each of them has.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import blas, planner
+from .planner import Plan
+from .problem import SHAPES, Options, Problem
+from .settings import scratch_budget, strict
+
+_INPUTS = "Tensor h, Tensor? x0, Tensor coefficients, Tensor? state_scale, Tensor? x0_scale, Tensor[] parameters"
+_OPTIONS = (
+    "int[] counts, str activation, float negative_slope, str norm, float eps, str solver, str order, int grad_iterations, "
+    "bool trajectory, str backend"
+)
+
+_observers: list[list[Plan]] = []
+_announced: set[str] = set()
+
+
+@contextmanager
+def observe_plans() -> Iterator[list[Plan]]:
+    """Collects the plan of every call made inside the context."""
+    plans: list[Plan] = []
+    _observers.append(plans)
+    try:
+        yield plans
+    finally:
+        _observers.remove(plans)
+
+
+def note(plan: Plan) -> None:
+    for plans in _observers:
+        plans.append(plan)
+
+
+def plan_of(problem: Problem) -> Plan:
+    """The plan of a call on the machine that its tensors are on."""
+    dtype, device = problem.compute_dtype, problem.h.device
+    return planner.plan(
+        problem.op,
+        features=problem.features,
+        hidden=problem.hidden,
+        gated=problem.gated,
+        iterations=problem.iterations - problem.first_grad,
+        dtype=str(problem.h.dtype).removeprefix("torch."),
+        itemsize=dtype.itemsize,
+        device=device.type,
+        scratch_budget=scratch_budget(device.type),
+        backend=problem.options.backend,
+    )
+
+
+def _planned(problem: Problem) -> Plan:
+    plan = plan_of(problem)
+    note(plan)
+    for name, reason in plan.skipped:
+        text = f"score_{plan.op} runs on {plan.backend!r}, not on {name!r}: {reason}"
+        if strict():
+            raise RuntimeError(f"{text} (SCORE_KERNELS_STRICT=1)")
+        if text not in _announced:
+            _announced.add(text)
+            warnings.warn(text, stacklevel=2)
+    return plan
+
+
+def _forward(problem: Problem, out: Tensor) -> Tensor:
+    with torch.autocast(problem.h.device.type, enabled=False):
+        return blas.forward(problem, _planned(problem), out)
+
+
+def _empty(x: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, device=x.device)
+
+
+def _register(op: str) -> None:
+    name = f"score_kernels::{op}"
+
+    @torch.library.custom_op(name, mutates_args=(), schema=f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
+    def run(h, x0, coefficients, state_scale, x0_scale, parameters, *options):  # type: ignore[no-untyped-def]
+        problem = Problem.build(op, (h, x0, coefficients, state_scale, x0_scale, *parameters), Options(*options))
+        out = _empty(h, h.shape)
+        return out, _forward(problem, out)
+
+    @run.register_fake
+    def _(h, x0, coefficients, state_scale, x0_scale, parameters, *options):  # type: ignore[no-untyped-def]
+        states = (coefficients.shape[0] + 1, *h.shape) if Options(*options).trajectory else (0,)
+        return _empty(h, h.shape), _empty(h, states)
+
+    @torch.library.custom_op(
+        f"{name}_backward",
+        mutates_args=(),
+        schema=f"(Tensor? grad_out, Tensor? grad_states, Tensor? states, {_INPUTS}, bool[] needs, {_OPTIONS}) -> Tensor[]",
+    )
+    def backward(  # type: ignore[no-untyped-def]
+        grad_out, grad_states, states, h, x0, coefficients, state_scale, x0_scale, parameters, needs, *options
+    ):
+        problem = Problem.build(op, (h, x0, coefficients, state_scale, x0_scale, *parameters), Options(*options))
+        with torch.autocast(h.device.type, enabled=False):
+            return blas.backward(problem, plan_of(problem), grad_out, grad_states, states, needs)
+
+    @backward.register_fake
+    def _(  # type: ignore[no-untyped-def]
+        grad_out, grad_states, states, h, x0, coefficients, state_scale, x0_scale, parameters, needs, *options
+    ):
+        tensors = (h, x0, coefficients, state_scale, x0_scale, *parameters)
+        return [_empty(x, x.shape) for x, need in zip(tensors, needs, strict=True) if need]
+
+    @torch.library.custom_op(f"{name}_", mutates_args=("out",), schema=f"(Tensor(a!) out, {_INPUTS}, {_OPTIONS}) -> ()")
+    def run_(out, h, x0, coefficients, state_scale, x0_scale, parameters, *options):  # type: ignore[no-untyped-def]
+        _forward(Problem.build(op, (h, x0, coefficients, state_scale, x0_scale, *parameters), Options(*options)), out)
+
+
+for _op in SHAPES:
+    _register(_op)
+
+
+def operator(name: str) -> Callable[..., Any]:
+    """`torch.ops.score_kernels.<name>`"""
+    return getattr(torch.ops.score_kernels, name)

@@ -1,0 +1,34 @@
+"""The environment switches of the package, all of them.
+
+| switch | meaning | default |
+| --- | --- | --- |
+| SCORE_KERNELS_STRICT | 1: on a GPU, an error instead of a warning when `auto` cannot use a fused kernel | 0 |
+| SCORE_KERNELS_SCRATCH_MB | MiB of states that backward may keep for recomputation, in all | 64 on a CPU, 512 on a GPU |
+| SCORE_KERNELS_DATA | folder where the examples find their data sets | none |
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def strict() -> bool:
+    return os.environ.get("SCORE_KERNELS_STRICT", "0") not in ("", "0")
+
+
+def scratch_budget(device: str) -> int:
+    """Bytes of scratch that one call may use on a device of this type."""
+    text = os.environ.get("SCORE_KERNELS_SCRATCH_MB", "64" if device == "cpu" else "512")
+    try:
+        megabytes = float(text)
+    except ValueError:
+        megabytes = 0.0
+    if megabytes <= 0:
+        raise ValueError(f"SCORE_KERNELS_SCRATCH_MB: expected a positive number of MiB, got {text!r}")
+    return int(megabytes * 2**20)
+
+
+def data_folder() -> Path | None:
+    text = os.environ.get("SCORE_KERNELS_DATA")
+    return Path(text) if text else None
