@@ -9,28 +9,13 @@ A block splits F in two, so that the second half can land on the state: `u = inn
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import ACTIVATIONS
+from .linalg import Number, add_, dot, product
 from .problem import Problem
 
-# A coefficient: a number on the CPU, a 0-dim tensor elsewhere, so that reading it does not wait for the device.
-Number = float | Tensor
-
 Gradients = dict[str, list[Tensor | None]]
-
-
-def add_(y: Tensor, a: Number, x: Tensor) -> Tensor:
-    """y <- y + a x"""
-    return y.addcmul_(x, a) if isinstance(a, Tensor) else y.add_(x, alpha=a)
-
-
-def add_product_(y: Tensor, q: Number, w: Number, a: Tensor, b: Tensor) -> Tensor:
-    """y <- q y + w (a b), in one call where the coefficients are numbers."""
-    if isinstance(q, Tensor) or isinstance(w, Tensor):
-        return add_(y.mul_(q), w, a @ b)
-    return y.addmm_(a, b, beta=q, alpha=w)
 
 
 class Block:
@@ -115,7 +100,7 @@ class Block:
         """For out = x W^T + b: dW += w dout^T x and db += w (column sums of dout)."""
         dweight, dbias = self.gradient(weight, index), self.gradient(bias, index)
         if dweight is not None:
-            add_product_(dweight, 1.0, w, dout.t(), x)
+            add_(dweight, w, product(dout.t(), x.t()))
         if dbias is not None:
             add_(dbias, w, dout.sum(0))
 
@@ -125,7 +110,7 @@ class Linear(Block):
 
     def inner(self, y: Tensor, index: int) -> Tensor:
         x, _ = self.normalise(y, index)
-        return self.activation.forward(F.linear(x, self.weight("weight", index), self.get("bias", index)), self.slope)
+        return self.activation.forward(product(x, self.weight("weight", index), self.get("bias", index)), self.slope)
 
     def outer_(self, y: Tensor, u: Tensor, index: int, q: Number, w: Number) -> Tensor:
         return add_(y.mul_(q), w, u)
@@ -133,11 +118,11 @@ class Linear(Block):
     def backward(self, y: Tensor, g: Tensor, w: Number, index: int, want_dw: bool) -> tuple[Tensor, Tensor | None]:
         weight = self.weight("weight", index)
         x, saved = self.normalise(y, index)
-        a = F.linear(x, weight, self.get("bias", index))
-        dw = _dot(g, self.activation.forward(a, self.slope)) if want_dw else None
+        a = product(x, weight, self.get("bias", index))
+        dw = dot(g, self.activation.forward(a, self.slope)) if want_dw else None
         da = self.round(self.activation.backward(g * w, a, self.slope))
         self.accumulate_linear("weight", "bias", index, da, x)
-        return self.normalise_backward(da @ weight, y, saved, index), dw
+        return self.normalise_backward(product(da, weight.t()), y, saved, index), dw
 
 
 class MLP(Block):
@@ -149,9 +134,7 @@ class MLP(Block):
         return self.round(self._activate(up, gate))
 
     def outer_(self, y: Tensor, u: Tensor, index: int, q: Number, w: Number) -> Tensor:
-        add_product_(y, q, w, u, self.weight("w2", index).t())
-        bias = self.get("b2", index)
-        return y if bias is None else add_(y, w, bias)
+        return add_(y.mul_(q), w, product(u, self.weight("w2", index), self.get("b2", index)))
 
     def backward(self, y: Tensor, g: Tensor, w: Number, index: int, want_dw: bool) -> tuple[Tensor, Tensor | None]:
         act = self.activation
@@ -160,8 +143,8 @@ class MLP(Block):
         u = self.round(self._activate(up, gate))
         g = self.round(g)
         self.accumulate_linear("w2", "b2", index, g, u, w)
-        du = g @ self.weight("w2", index)
-        dw = _dot(du, u) if want_dw else None
+        du = product(g, self.weight("w2", index).t())
+        dw = dot(du, u) if want_dw else None
         bias = self.get("b2", index)
         if dw is not None and bias is not None:
             dw += torch.dot(g.sum(0), bias)
@@ -172,24 +155,20 @@ class MLP(Block):
             dup = self.round(du * act.forward(gate, self.slope))
             dgate = self.round(act.backward(du.mul_(up), gate, self.slope))
         self.accumulate_linear("w1", "b1", index, dup, x)
-        dx = dup @ self.weight("w1", index)
+        dx = product(dup, self.weight("w1", index).t())
         if dgate is not None:
             self.accumulate_linear("w_gate", "b_gate", index, dgate, x)
-            dx.addmm_(dgate, self.weight("w_gate", index))
+            dx += product(dgate, self.weight("w_gate", index).t())
         return self.normalise_backward(dx, y, saved, index), dw
 
     def _preactivations(self, x: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
-        up = F.linear(x, self.weight("w1", index), self.get("b1", index))
+        up = product(x, self.weight("w1", index), self.get("b1", index))
         gate = self.get("w_gate", index)
-        return up, None if gate is None else F.linear(x, gate, self.get("b_gate", index))
+        return up, None if gate is None else product(x, gate, self.get("b_gate", index))
 
     def _activate(self, up: Tensor, gate: Tensor | None) -> Tensor:
         act = self.activation.forward
-        return act(up, self.slope) if gate is None else act(gate, self.slope).mul_(up)
+        return act(up, self.slope) if gate is None else act(gate, self.slope) * up
 
 
 BLOCKS: dict[str, type[Block]] = {"linear": Linear, "mlp": MLP}
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.reshape(-1), b.reshape(-1))

@@ -1,0 +1,40 @@
+"""The arithmetic of the `blas` backend on tiles of rows: in-place updates, products, dot products."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# A coefficient: a number on the CPU, a 0-dim tensor elsewhere, so that reading it does not wait for the device.
+Number = float | Tensor
+
+
+def add_(y: Tensor, a: Number, x: Tensor) -> Tensor:
+    """y <- y + a x"""
+    return y.addcmul_(x, a) if isinstance(a, Tensor) else y.add_(x, alpha=a)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of a b over all elements."""
+    return torch.dot(a.reshape(-1), b.reshape(-1))
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b for x (M, K), W (N, K), b (N,); transposed views cost no copy of W.
+
+    In float32 on a CPU this calls oneDNN, which torch links beside its BLAS and which has AVX-512 kernels for every vendor's
+    processors: MKL, torch's default for this product, runs at half their rate on AMD's (docs/numerics.md).
+    `torch.backends.mkldnn.flags(enabled=False)` selects the BLAS, as everywhere in torch.
+    """
+    if x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() and torch._C._get_mkldnn_enabled() and onednn():
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+@functools.cache
+def onednn() -> bool:
+    """Whether torch has oneDNN's linear operator: part of what torch.compile emits for a CPU, and in no stable namespace."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
