@@ -12,16 +12,17 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import autograd, functional
-    from .explain import available_backends, explain
     from .modules import ScoreLinear, ScoreMLP
+    from .plans import available_backends, explain
 
-# Public name -> module that holds it; a module's own name stands for the module.
+# Public name -> module that holds it; a module's own name stands for the module. No function has the name of a module here:
+# importing that module would put it in the function's place.
 _PUBLIC = {
     "ScoreLinear": "modules",
     "ScoreMLP": "modules",
     "autograd": "autograd",
-    "available_backends": "explain",
-    "explain": "explain",
+    "available_backends": "plans",
+    "explain": "plans",
     "functional": "functional",
 }
 

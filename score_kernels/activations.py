@@ -38,4 +38,5 @@ ACTIVATIONS: dict[str, Activation] = {
     ),
     "silu": Activation(lambda a, slope: F.silu(a), lambda g, a, slope: aten.silu_backward(g, a)),
     "tanh": Activation(lambda a, slope: torch.tanh(a), lambda g, a, slope: aten.tanh_backward(g, torch.tanh(a))),
+    "sigmoid": Activation(lambda a, slope: torch.sigmoid(a), lambda g, a, slope: aten.sigmoid_backward(g, torch.sigmoid(a))),
 }

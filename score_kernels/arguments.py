@@ -1,9 +1,9 @@
-"""Checks what the caller passed and brings it into the flat form; every complaint names the argument, the expected and the given."""
+"""Checks what the caller passed and brings it into the flat form; errors name the argument, the expected and the given."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from . import stages
 from .activations import ACTIVATIONS
 from .planner import BACKENDS, MISSING
-from .problem import NORMS, SHAPES, Options, compute_dtype
+from .problem import ALL_ITERATIONS, NORMS, SHAPES, Options, compute_dtype
 
 
 class Call(NamedTuple):
@@ -25,6 +25,15 @@ class Call(NamedTuple):
 
 # One tensor, a stack with a leading L, or a list of L tensors.
 Parameter = Tensor | Sequence[Tensor]
+
+# Options that are names, and the names they take.
+_NAMES: dict[str, Collection[str]] = {
+    "activation": ACTIVATIONS,
+    "norm": NORMS,
+    "update": (*stages.UPDATES, "replace"),
+    "solver": stages.SOLVERS,
+    "order": stages.ORDERS,
+}
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -55,11 +64,14 @@ def check(
     backend: str = "auto",
 ) -> Call:
     """Checks a call of `op` and flattens it; the defaults here are the public ones."""
-    check_state(h, iterations)
-    check_options(activation, order, backend, grad_iterations)
+    check_state(h)
+    check_iterations(iterations)
+    norm = "none" if norm is None else norm
+    names = {"activation": activation, "norm": norm, "update": update, "solver": solver, "order": order, "backend": backend}
+    check_options({**names, "dt": dt, "grad_iterations": grad_iterations, "eps": eps, "negative_slope": negative_slope})
     h, x0, given = autocast(h, x0, {**parameters, "norm_weight": norm_weight, "norm_bias": norm_bias})
     lists = parameter_lists(op, h, given, iterations)
-    norm = check_norm(norm, lists, eps)
+    check_norm(norm, lists)
     table = coefficients(h, dt, iterations, update, solver)
     if x0 is not None:
         check_like("x0", x0, h, (h.dtype,))
@@ -80,25 +92,36 @@ def check(
         eps=float(eps),
         solver=solver,
         order=order,
-        grad_iterations=iterations if grad_iterations is None else min(grad_iterations, iterations),
+        grad_iterations=ALL_ITERATIONS if grad_iterations is None else grad_iterations,
         trajectory=keep,
         backend=backend,
     )
     return Call(tensors, options, out, return_trajectory)
 
 
-def one_of(name: str, value: str | None, known: Sequence[str]) -> None:
-    if value not in known:
+def check_keywords(function: str, given: Collection[str], known: Collection[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise TypeError(
+                f"{function}() got an unexpected keyword argument {name!r}; its options: {', '.join(sorted(known))}"
+            )
+
+
+def one_of(name: str, value: str | None, known: Collection[str]) -> None:
+    if value not in tuple(known):
         raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
 
 
-def check_state(h: Tensor, iterations: int) -> None:
+def check_state(h: Tensor) -> None:
     if not isinstance(h, Tensor):
         raise TypeError(f"h: expected a tensor, got {type(h).__name__}")
     if h.dtype not in _DTYPES:
         raise TypeError(f"h: expected a floating-point tensor (float16, bfloat16, float32, float64), got {h.dtype}")
     if h.dim() == 0 or h.shape[-1] == 0:
         raise ValueError(f"h: expected shape (..., D) with D >= 1, got {tuple(h.shape)}")
+
+
+def check_iterations(iterations: int) -> None:
     if isinstance(iterations, bool) or not isinstance(iterations, int | torch.SymInt):
         raise TypeError(f"iterations: expected an int, got {type(iterations).__name__}")
     if iterations < 0:
@@ -134,6 +157,10 @@ def parameter_lists(op: str, h: Tensor, given: Mapping[str, Parameter | None], i
                     f"{name}: expected shape ({letters}) = {expected} (or a leading L, or a list), D being h's last dimension "
                     f"{sizes['D']}, got {tuple(x.shape)}"
                 )
+        if not tensors and name.startswith("w") and name != "w_gate":
+            raise TypeError(f"{name}: expected a tensor or a list of tensors, got None")
+    if given.get("b_gate") is not None and not lists["w_gate"]:
+        raise ValueError("b_gate: expected w_gate to be given with it, got w_gate=None")
     lengths = {name: len(tensors) for name, tensors in lists.items() if len(tensors) > 1}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"parameter sets: expected the same number L for all parameters that have sets, got {lengths}")
@@ -155,23 +182,13 @@ def _as_list(name: str, value: Parameter | None, dims: int) -> list[Tensor]:
     return list(value)
 
 
-def check_norm(norm: str | None, lists: Mapping[str, list[Tensor]], eps: float) -> str:
-    norm = "none" if norm is None else norm
-    one_of("norm", norm, NORMS)
+def check_norm(norm: str, lists: Mapping[str, list[Tensor]]) -> None:
     for name, kinds in (("norm_weight", ("layernorm", "rmsnorm")), ("norm_bias", ("layernorm",))):
         if lists[name] and norm not in kinds:
             raise ValueError(f"{name}: expected norm to be {' or '.join(kinds)} when {name} is given, got norm={norm!r}")
-    if not eps >= 0:
-        raise ValueError(f"eps: expected 0 or more, got {eps}")
-    return norm
 
 
 def coefficients(h: Tensor, dt: object, iterations: int, update: str, solver: str) -> Tensor:
-    one_of("update", update, (*stages.UPDATES, "replace"))
-    one_of("solver", solver, tuple(stages.SOLVERS))
-    if update == "replace" and (dt is not None or solver != "euler"):
-        given = f"dt={dt!r}" if dt is not None else f"solver={solver!r}"
-        raise ValueError(f'update="replace" is an ordinary stack, without dt or solver; got {given}; leave it out')
     step = None if dt is None else _per_iteration("dt", dt, h, iterations)
     return stages.coefficient_table(step, iterations, update, solver, compute_dtype(h.dtype), h.device)
 
@@ -197,7 +214,7 @@ def _per_iteration(name: str, value: object, h: Tensor, iterations: int) -> floa
         return value
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
         raise TypeError(f"{name}: expected a number or a tensor of shape () or (T,), got {type(value).__name__}")
-    return value
+    return value  # type: ignore[return-value]  # a SymFloat stands for a float while a graph is traced
 
 
 def check_out(out: Tensor, h: Tensor, tensors: Sequence[Tensor | None], return_trajectory: bool) -> None:
@@ -227,23 +244,39 @@ def _span(x: Tensor) -> tuple[int, int]:
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
-def check_options(activation: str, order: str, backend: str, grad_iterations: int | None) -> None:
-    one_of("activation", activation, tuple(ACTIVATIONS))
-    one_of("order", order, stages.ORDERS)
-    if backend in MISSING:
+def check_options(options: Mapping[str, Any]) -> None:
+    """The options of a call, or those of them that a module is given: known names, numbers in their range."""
+    for name, known in _NAMES.items():
+        if name in options:
+            one_of(name, options[name], known)
+    backend, dt, solver = options.get("backend", "auto"), options.get("dt"), options.get("solver", "euler")
+    if isinstance(backend, str) and backend in MISSING:
         raise ValueError(f"backend={backend!r}: {MISSING[backend]}; available: {', '.join(BACKENDS)}")
     one_of("backend", backend, ("auto", *BACKENDS))
-    if grad_iterations is not None and grad_iterations < 1:
-        raise ValueError(f"grad_iterations: expected 1 or more, or None for all, got {grad_iterations}; torch.no_grad() is none")
+    if options.get("update") == "replace" and (dt is not None or solver != "euler"):
+        given = f"dt={dt!r}" if dt is not None else f"solver={solver!r}"
+        raise ValueError(f'update="replace" is an ordinary stack, without dt or solver; got {given}; leave it out')
+    last = options.get("grad_iterations")
+    if last is not None and (isinstance(last, bool) or not isinstance(last, int | torch.SymInt)):
+        raise TypeError(f"grad_iterations: expected an int, or None for all, got {type(last).__name__}")
+    if last is not None and last < 1:
+        raise ValueError(f"grad_iterations: expected 1 or more, or None for all, got {last}; torch.no_grad() is none")
+    for name in ("eps", "negative_slope"):
+        value = options.get(name, 0)
+        if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        if name == "eps" and not value >= 0:
+            raise ValueError(f"eps: expected 0 or more, got {value}")
 
 
 def autocast(
     h: Tensor, x0: Tensor | None, given: Mapping[str, Parameter | None]
 ) -> tuple[Tensor, Tensor | None, Mapping[str, Parameter | None]]:
     """Under autocast: state, injection, weights and biases in autocast's dtype (float64 is left alone, as in torch)."""
-    if not torch.is_autocast_enabled(h.device.type):
+    device = h.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return h, x0, given
-    dtype = torch.get_autocast_dtype(h.device.type)
+    dtype = torch.get_autocast_dtype(device)
 
     def cast(x: object) -> object:
         if isinstance(x, list | tuple):
@@ -252,5 +285,3 @@ def autocast(
 
     cast_parameters = {name: x if name.startswith("norm_") else cast(x) for name, x in given.items()}
     return cast(h), cast(x0), cast_parameters  # type: ignore[return-value]
-
-

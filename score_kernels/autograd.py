@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import reference
 from .ops import operator
-from .problem import LEADING, Options, Problem
+from .problem import LEADING, Options, Problem, without_autocast
 
 Tensors = Sequence[Tensor | None]
 
@@ -27,6 +27,8 @@ class _ScoreFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_trajectory: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, trajectory = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[1:])
+        # A trajectory that was not kept is an empty tensor; a traced graph passes an empty gradient for it.
+        grad_trajectory = grad_trajectory if ctx.options.trajectory else None
         if grad_out is None and grad_trajectory is None:
             return None, *(None for _ in needs)
         flat = (grad_out, grad_trajectory, trajectory, *tensors)
@@ -46,11 +48,11 @@ def _save(ctx: Any, op: str, inputs: Sequence[Any], output: tuple[Tensor, Tensor
 
 
 def _vmap(function: type[_ScoreFunction], info: Any, in_dims: Sequence[int | None], options: Options, tensors: Tensors) -> Any:
-    """A batch of states is more rows; a batch of anything else is a loop."""
+    """A batch of h or x0 is more rows; a batch of anything else is a loop."""
     dims = in_dims[1:]
-    if all(dim is None for dim in (*dims[2:], *([] if tensors[1] is None else [dims[1]] if dims[0] is None else []))):
-        moved = [_batch_first(x, dim, info.batch_size) for x, dim in zip(tensors[:2], dims, strict=False)]
-        out, trajectory = function.apply(options, *moved, *tensors[2:])
+    if all(dim is None for dim in dims[2:]):
+        rows = [_batch_first(x, dim, info.batch_size) for x, dim in zip(tensors[:2], dims, strict=False)]
+        out, trajectory = function.apply(options, *rows, *tensors[2:])
         return (out, trajectory), (0, 1 if options.trajectory else None)
     calls = [function.apply(options, *_select(tensors, dims, i)) for i in range(info.batch_size)]
     return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0, 0)
@@ -116,7 +118,8 @@ class _BackwardFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_out, grad_trajectory, _, *tensors = ctx.saved_tensors
         inputs = (grad_out, grad_trajectory, *tensors)
-        first, second, *rest = _second_order(ctx.op, ctx.options, ctx.needs, inputs, grads)
+        with without_autocast(tensors[0].device.type):
+            first, second, *rest = _second_order(ctx.op, ctx.options, ctx.needs, inputs, grads)
         return None, None, None, first, second, None, *rest
 
     @staticmethod
@@ -127,31 +130,33 @@ class _BackwardFunction(torch.autograd.Function):
 
 
 def _second_order(op: str, options: Options, needs: Sequence[bool], inputs: Tensors, grads: Tensors) -> list[Tensor | None]:
-    """Gradients of <grads, op_backward(inputs)> for inputs = (grad_out, grad_trajectory, *tensors), by autograd."""
-    with torch.enable_grad():
-        # Aliases keep apart a tensor that is given twice, as x0 = h or tied weights are.
-        aliases = [x if x is None or not x.requires_grad else x.view_as(x) for x in inputs]
-        cotangents, tensors = aliases[:2], aliases[2:]
-        last, states = reference.score(Problem.build(op, tensors, options))
-        outputs = (last, None if cotangents[1] is None else torch.stack(states))
-        first = torch.autograd.grad(
-            [o for o, g in zip(outputs, cotangents, strict=True) if g is not None and o is not None],
-            [x for x, need in zip(tensors, needs, strict=True) if need and x is not None],
-            [g for g in cotangents if g is not None],
-            create_graph=True,
-            materialize_grads=True,
-        )
-        pairs = [(f, g) for f, g in zip(first, grads, strict=True) if g is not None and f.requires_grad]
-        wanted = [i for i, x in enumerate(aliases) if x is not None and x.requires_grad]
-        found: list[Tensor | None] = [None] * len(aliases)
-        if pairs and wanted:
-            targets = [aliases[i] for i in wanted]
-            outer = torch.autograd.grad(
-                [f for f, _ in pairs], targets, [g for _, g in pairs], create_graph=True, allow_unused=True
-            )  # fmt: skip
-            for i, gradient in zip(wanted, outer, strict=True):
-                found[i] = gradient
-    return found
+    """Gradients of <grads, op_backward(inputs)> for inputs = (grad_out, grad_trajectory, *tensors).
+
+    Both derivatives are `torch.func.vjp` of the reference: unlike `torch.autograd.grad` it works inside torch.func's
+    transforms, and every position is a variable of its own, so that a tensor may be given twice (x0 = h, tied weights).
+    """
+    given = [i for i, x in enumerate(inputs) if x is not None]
+    wanted = [2 + i for i, need in enumerate(needs) if need]
+
+    def replaced(flat: Tensors, positions: Sequence[int], values: Tensors) -> list[Tensor | None]:
+        new = dict(zip(positions, values, strict=True))
+        return [new.get(i, x) for i, x in enumerate(flat)]
+
+    def first_order(*values: Tensor) -> tuple[Tensor, ...]:
+        flat = replaced(inputs, given, values)
+
+        def forward(*chosen: Tensor) -> tuple[Tensor, ...]:
+            last, states = reference.score(Problem.build(op, replaced(flat, wanted, chosen)[2:], options))
+            outputs = (last, torch.stack(states))
+            return tuple(x for x, g in zip(outputs, flat, strict=False) if g is not None)
+
+        found = torch.func.vjp(forward, *(flat[i] for i in wanted))[1](tuple(g for g in flat[:2] if g is not None))
+        return tuple(x for x, g in zip(found, grads, strict=True) if g is not None)
+
+    if all(g is None for g in grads):
+        return [None] * len(inputs)
+    found = torch.func.vjp(first_order, *(inputs[i] for i in given))[1](tuple(g for g in grads if g is not None))
+    return replaced([None] * len(inputs), given, found)
 
 
 def score(op: str, options: Options, tensors: Tensors) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import stages
-from .blocks import BLOCKS, Gradients, add_
+from .blocks import BLOCKS, Gradients
+from .linalg import add_, dot
 from .planner import Plan
 from .problem import Problem
 
@@ -25,7 +26,7 @@ def forward(problem: Problem, plan: Plan, out: Tensor) -> Tensor:
     x0 = None if problem.x0 is None else problem.x0.reshape(h.shape)
     iteration = _Iteration(problem)
     keep = problem.options.trajectory
-    trajectory = h.new_empty((problem.iterations + 1, *h.shape) if keep else 0)
+    trajectory = h.new_empty((problem.iterations + 1, *h.shape) if keep else 0, dtype=problem.compute_dtype)
     last = out.view(h.shape) if out.is_contiguous() else torch.empty_like(h)
     for rows in _tiles(h.shape[0], plan.rows):
         y = h[rows].to(problem.compute_dtype, copy=True)
@@ -39,7 +40,7 @@ def forward(problem: Problem, plan: Plan, out: Tensor) -> Tensor:
             trajectory[-1, rows] = y
     if not out.is_contiguous():
         out.copy_(last.view(out.shape))
-    return trajectory.view(-1, *problem.h.shape) if keep else trajectory
+    return trajectory.view(problem.iterations + 1, *problem.h.shape) if keep else trajectory
 
 
 def backward(
@@ -55,13 +56,15 @@ def backward(
     h = problem.h.reshape(shape)
     x0 = None if problem.x0 is None else problem.x0.reshape(shape)
     grad_out = None if grad_out is None else grad_out.reshape(shape)
-    grad_trajectory = None if grad_trajectory is None else grad_trajectory.reshape(-1, *h.shape)
-    trajectory = None if trajectory is None else trajectory.reshape(-1, *h.shape)
+    grad_trajectory = None if grad_trajectory is None else grad_trajectory.reshape(problem.iterations + 1, *h.shape)
+    trajectory = None if trajectory is None else trajectory.reshape(problem.iterations + 1, *h.shape)
 
     flags = iter(needs)
     want_h, want_x0, want_table, want_state_scale, want_x0_scale = (next(flags) for _ in range(5))
     parameters: Gradients = {
-        name: [torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format) if next(flags) else None for p in tensors]
+        name: [
+            torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format) if next(flags) else None for p in tensors
+        ]
         for name, tensors in problem.parameters.items()
     }
     sums = h.new_zeros(problem.iterations, dtype=torch.float64)
@@ -85,7 +88,7 @@ def backward(
             g.add_(grad_trajectory[0, rows])
         if grad_h is not None:
             grad_h[rows] = g if problem.first_grad == 0 else 0
-        if grad_x0 is not None:
+        if grad_x0 is not None and dx0 is not None:
             grad_x0[rows] = dx0
 
     found = [
@@ -141,9 +144,9 @@ class _Iteration:
             if gtotal is not None:
                 add_(gtotal, v, g)
             dy, dw = self.block.backward(y, g, w, self.problem.set_at(t), self.table is not None)
-            if self.table is not None:
-                columns = (_dot(g, z), _dot(g, y), _dot(g, total), dw, _dot(gtotal, y))
-                self.table[t, stage] += torch.stack([g.new_zeros(()) if c is None else c for c in columns])
+            if self.table is not None and dw is not None:
+                v_e = (g.new_zeros(()),) * 2 if total is None or gtotal is None else (dot(g, total), dot(gtotal, y))
+                self.table[t, stage] += torch.stack([dot(g, z), dot(g, y), v_e[0], dw, v_e[1]])
             if gz is not None:
                 add_(gz, p, g)
             g.mul_(q).add_(dy)
@@ -183,9 +186,9 @@ class _Iteration:
 
     def _start_backward_(self, h: Tensor, x0: Tensor | None, g: Tensor, dx0: Tensor | None, t: int) -> Tensor:
         if self.state_scale is not None:
-            self.state_scale[t] += _dot(g, h)
-        if self.x0_scale is not None:
-            self.x0_scale[t] += _dot(g, x0)
+            self.state_scale[t] += dot(g, h)
+        if self.x0_scale is not None and x0 is not None:
+            self.x0_scale[t] += dot(g, x0)
         if dx0 is not None:
             add_(dx0, 1.0 if self.s is None else self.s[t], g)
         return g if self.r is None else g.mul_(self.r[t])
@@ -239,7 +242,3 @@ def _numbers(x: Tensor) -> Any:
     if x.device.type == "cpu":
         return x.tolist()
     return [_numbers(row) for row in x.unbind()] if x.dim() else x
-
-
-def _dot(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return None if a is None or b is None else torch.dot(a.reshape(-1), b.reshape(-1))

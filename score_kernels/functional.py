@@ -46,6 +46,9 @@ class Common(TypedDict, total=False):
     backend: str
 
 
+_KEYWORDS = frozenset(Common.__annotations__)
+
+
 def score_linear(
     h: Tensor, weight: Parameter, bias: Parameter | None = None, *, iterations: int, **common: Unpack[Common]
 ) -> Tensor:
@@ -88,7 +91,7 @@ def score_mlp(
         dt: a number, or a tensor of shape () or (T,), differentiable. None: 0.5 contractive, 1 residual.
         activation: one of `activations.ACTIVATIONS`, default "gelu" (exact). negative_slope: of leaky_relu.
         norm: None, "layernorm" or "rmsnorm", over D, with eps; norm_weight, norm_bias: (D,), h's dtype or float32.
-        update: "contractive", "residual" or "replace". solver: "euler", "midpoint", "heun", "rk4".
+        update: "contractive", "residual" or "replace". solver: one of `stages.SOLVERS`, default "euler".
         x0: injected state, shape and dtype of h. x0_scale, state_scale: numbers, or tensors () or (T,), differentiable.
             When F has an inner residual, F(y) = y + branch(y), the contractive update is h + dt branch(h): the decay cancels.
         grad_iterations: k: the state is detached before the last k iterations, so h gets zero gradient when k < T.
@@ -105,6 +108,7 @@ def score_mlp(
 
 
 def _score(op: str, h: Tensor, parameters: Mapping[str, Parameter | None], iterations: int, common: Common) -> Tensor:
+    arguments.check_keywords(f"score_{op}", common, _KEYWORDS)
     call = arguments.check(op, h, parameters, iterations, **common)
     if common.get("backend") == "reference":
         return _reference(op, call)
@@ -113,7 +117,7 @@ def _score(op: str, h: Tensor, parameters: Mapping[str, Parameter | None], itera
         operator(f"{op}_")(call.out, *tensors[:LEADING], list(tensors[LEADING:]), *options)
         return call.out
     last, trajectory = autograd.score(op, options, tensors)
-    return trajectory if call.return_trajectory else last
+    return trajectory.to(last.dtype) if call.return_trajectory else last
 
 
 def _reference(op: str, call: arguments.Call) -> Tensor:
@@ -123,4 +127,4 @@ def _reference(op: str, call: arguments.Call) -> Tensor:
     last, states = reference.score(problem)
     if call.out is not None:
         return call.out.copy_(last)
-    return torch.stack(states) if call.return_trajectory else last
+    return torch.stack(states).to(last.dtype) if call.return_trajectory else last

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from . import functional
-from .arguments import one_of
-from .problem import NORMS, SHAPES
+from .arguments import check_iterations, check_keywords, check_options, one_of
+from .problem import SHAPES
 
 # A learned dt stays this far inside (0, 1), where float32 still tells it from the ends.
 MARGIN = 2.0**-20
@@ -53,9 +53,12 @@ class _ScoreModule(nn.Module):
         options: ModuleOptions,
     ) -> None:
         super().__init__()
+        norm = None if norm == "none" else norm
         one_of("learn_dt", str(learn_dt), ("False", "scalar", "per_iteration"))
-        one_of("norm", "none" if norm is None else norm, NORMS)
-        if not 1 <= layers <= iterations:
+        check_keywords(type(self).__name__, options, ModuleOptions.__annotations__)
+        check_options({**options, "dt": dt, "norm": "none" if norm is None else norm, "activation": activation})
+        check_iterations(iterations)
+        if not 1 <= layers <= max(iterations, 1):
             raise ValueError(f"layers: expected 1 to iterations = {iterations} parameter sets, got {layers}")
         self.iterations, self.layers, self.learn_dt, self.norm, self.activation = iterations, layers, learn_dt, norm, activation
         self.sizes = sizes
@@ -69,39 +72,45 @@ class _ScoreModule(nn.Module):
         self.options = {name: value for name, value in options.items() if not isinstance(value, Tensor)}
         for name, value in options.items():
             if isinstance(value, Tensor):
-                self._hold(name, value.to(device))
+                self._hold(name, value, device)
         self.reset_parameters()
 
-    def _hold(self, name: str, value: Tensor) -> None:
+    def _hold(self, name: str, value: Tensor, device: torch.device | str | None) -> None:
+        """Keeps a tensor that came as an argument: a Parameter is trained, anything else is a buffer."""
+        moved = value.to(device)
         if isinstance(value, nn.Parameter):
-            self.register_parameter(name, value)
+            self.register_parameter(name, value if moved is value else nn.Parameter(moved.detach(), value.requires_grad))
         else:
-            self.register_buffer(name, value)
+            self.register_buffer(name, moved)
 
     def _hold_dt(self, dt: float | Tensor | None, device: torch.device | str | None, update: str) -> None:
         if not self.learn_dt:
             if isinstance(dt, Tensor):
-                self._hold("fixed_dt", dt.to(device))
+                self._hold("fixed_dt", dt, device)
             else:
                 self.fixed_dt = dt
             return
         if update == "replace":
             raise ValueError('learn_dt: expected False with update="replace", which has no dt, got ' + repr(self.learn_dt))
-        start = torch.as_tensor(0.5 if dt is None else dt, dtype=torch.float32, device=device).detach()
+        shape = () if self.learn_dt == "scalar" else (self.iterations,)
+        start = torch.as_tensor(0.5 if dt is None else dt, dtype=torch.float64, device="cpu").detach()
+        if start.shape not in ((), shape):
+            raise ValueError(
+                f"dt: expected a number or shape {shape} with learn_dt={self.learn_dt!r}, got shape {tuple(start.shape)}"
+            )
         if not bool(((start > MARGIN) & (start < 1 - MARGIN)).all()):
             raise ValueError(f"dt: expected a start strictly inside (0, 1) with learn_dt={self.learn_dt!r}, got {dt}")
-        shape = () if self.learn_dt == "scalar" else (self.iterations,)
-        if start.dim() > len(shape):
-            raise ValueError(f"dt: expected shape {shape} with learn_dt={self.learn_dt!r}, got {tuple(start.shape)}")
-        self.register_buffer("initial_dt", start.expand(shape).clone(), persistent=False)
+        # Numbers, not a buffer: they outlive `to("meta")` and `to_empty`.
+        self.initial_dt = start.expand(shape).tolist()
         self.dt_logit = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
 
     @property
     def dt(self) -> float | Tensor | None:
         """The step: as given, or the learned one, strictly inside (0, 1)."""
         if not self.learn_dt:
-            return self.fixed_dt  # type: ignore[return-value]
-        return MARGIN + (1 - 2 * MARGIN) * torch.sigmoid(self.dt_logit.to(torch.promote_types(self.dt_logit.dtype, torch.float32)))
+            return self.fixed_dt
+        logit = self.dt_logit.to(torch.promote_types(self.dt_logit.dtype, torch.float32))
+        return MARGIN + (1 - 2 * MARGIN) * torch.sigmoid(logit)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -113,7 +122,8 @@ class _ScoreModule(nn.Module):
             elif name == "norm_bias":
                 nn.init.zeros_(parameter)
             elif name == "dt_logit":
-                parameter.copy_(torch.logit((self.initial_dt - MARGIN) / (1 - 2 * MARGIN)))  # type: ignore[operator]
+                start = torch.tensor(self.initial_dt, dtype=torch.float64, device="cpu")
+                parameter.copy_(torch.logit((start - MARGIN) / (1 - 2 * MARGIN)))
             elif name in SHAPES[self.op]:
                 # A bias follows its weight in SHAPES and starts within the same bound.
                 fan_in = self.sizes[SHAPES[self.op][name][1]] if len(SHAPES[self.op][name]) == 2 else fan_in
@@ -142,11 +152,14 @@ class _ScoreModule(nn.Module):
         parts = [*(str(size) for size in self.sizes.values()), f"iterations={self.iterations}"]
         if self.layers > 1:
             parts.append(f"layers={self.layers}")
-        dt = self.learn_dt if self.learn_dt else self.fixed_dt
         if self.learn_dt:
             parts.append(f"learn_dt={self.learn_dt!r}")
-        elif dt is not None:
-            parts.append(f"dt={dt if not isinstance(dt, Tensor) else dt.tolist()}")
+        elif self.fixed_dt is not None:
+            parts.append(f"dt={f'tensor{tuple(self.fixed_dt.shape)}' if isinstance(self.fixed_dt, Tensor) else self.fixed_dt}")
+        if not any(name.startswith("b") for name, _ in self.named_parameters(recurse=False)):
+            parts.append("bias=False")
+        if getattr(self, "w_gate", None) is not None:
+            parts.append("gated=True")
         parts.append(f"activation={self.activation!r}")
         parts += [f"norm={self.norm!r}"] if self.norm else []
         parts += [f"{name}={value!r}" for name, value in self.options.items()]

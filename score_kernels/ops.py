@@ -16,12 +16,12 @@ from torch import Tensor
 
 from . import blas, planner
 from .planner import Plan
-from .problem import SHAPES, Options, Problem
+from .problem import SHAPES, Options, Problem, compute_dtype, without_autocast
 from .settings import scratch_budget, strict
 
 _INPUTS = "Tensor h, Tensor? x0, Tensor coefficients, Tensor? state_scale, Tensor? x0_scale, Tensor[] parameters"
 _OPTIONS = (
-    "int[] counts, str activation, float negative_slope, str norm, float eps, str solver, str order, int grad_iterations, "
+    "int[] counts, str activation, float negative_slope, str norm, float eps, str solver, str order, SymInt grad_iterations, "
     "bool trajectory, str backend"
 )
 
@@ -76,7 +76,7 @@ def _planned(problem: Problem) -> Plan:
 
 
 def _forward(problem: Problem, out: Tensor) -> Tensor:
-    with torch.autocast(problem.h.device.type, enabled=False):
+    with without_autocast(problem.h.device.type):
         return blas.forward(problem, _planned(problem), out)
 
 
@@ -96,7 +96,7 @@ def _register(op: str) -> None:
     @run.register_fake
     def _(h, x0, coefficients, state_scale, x0_scale, parameters, *options):  # type: ignore[no-untyped-def]
         states = (coefficients.shape[0] + 1, *h.shape) if Options(*options).trajectory else (0,)
-        return _empty(h, h.shape), _empty(h, states)
+        return _empty(h, h.shape), torch.empty(states, dtype=compute_dtype(h.dtype), device=h.device)
 
     @torch.library.custom_op(
         f"{name}_backward",
@@ -107,7 +107,7 @@ def _register(op: str) -> None:
         grad_out, grad_states, states, h, x0, coefficients, state_scale, x0_scale, parameters, needs, *options
     ):
         problem = Problem.build(op, (h, x0, coefficients, state_scale, x0_scale, *parameters), Options(*options))
-        with torch.autocast(h.device.type, enabled=False):
+        with without_autocast(h.device.type):
             return blas.backward(problem, plan_of(problem), grad_out, grad_states, states, needs)
 
     @backward.register_fake

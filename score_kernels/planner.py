@@ -91,7 +91,7 @@ def scratch_tiles(iterations: int, interval: int) -> int:
 
 
 def _rows(state: int, hidden: int, device: str, budget: int) -> int:
-    """Rows of a tile, a power of two: y, norm(y) and twice the hidden features of a row within the cache (the budget on a GPU)."""
+    """Rows of a tile, a power of two: y, norm(y) and twice the hidden features within the cache (the budget on a GPU)."""
     (low, high), size = (CPU_ROWS, CPU_TILE_BYTES) if device == "cpu" else (GPU_ROWS, budget)
     fit = size // (2 * state + 2 * hidden)
     return min(max(1 << max(fit, 1).bit_length() - 1, low), high)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -23,6 +24,9 @@ SHAPES: dict[str, dict[str, str]] = {
 # Tensor arguments before the parameters in the flat form: h, x0, coefficients, state_scale, x0_scale.
 LEADING = 5
 
+# A `grad_iterations` for which gradients reach every iteration.
+ALL_ITERATIONS = 1 << 30
+
 NORMS = ("none", "layernorm", "rmsnorm")
 
 
@@ -40,7 +44,7 @@ class Options(NamedTuple):
     eps: float = 1e-5
     solver: str = "euler"
     order: str = "consecutive"
-    grad_iterations: int = 1 << 30
+    grad_iterations: int = ALL_ITERATIONS
     trajectory: bool = False
     backend: str = "auto"
 
@@ -48,6 +52,11 @@ class Options(NamedTuple):
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of state, accumulation and coefficients: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device: str) -> AbstractContextManager[None]:
+    """Inside, autocast leaves the dtypes alone; some devices, as meta, have no autocast to switch off."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -65,9 +74,10 @@ class Problem:
 
     @classmethod
     def build(cls, op: str, tensors: Sequence[Tensor | None], options: Options) -> Problem:
-        """From the flat form: (h, x0, coefficients, state_scale, x0_scale, *parameters), `options.counts` telling which is which."""
+        """From the flat form: h, x0, coefficients, state_scale, x0_scale, *parameters, told apart by `options.counts`."""
         h, x0, coefficients, state_scale, x0_scale, *flat = tensors
-        assert h is not None and coefficients is not None
+        assert h is not None
+        assert coefficients is not None
         rest = iter(flat)
         parameters = {name: list(islice(rest, n)) for name, n in zip(SHAPES[op], options.counts, strict=True)}
         return cls(op, h, x0, coefficients, state_scale, x0_scale, parameters, options)  # type: ignore[arg-type]

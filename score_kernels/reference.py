@@ -1,6 +1,6 @@
 """The oracle: the formulas as they read, under ordinary autograd, on any device and dtype.
 
-16-bit inputs are computed in float32 throughout, float64 in float64. Nothing here is tuned; everything else is compared with it.
+16-bit inputs are computed in float32 throughout, float64 in float64. Nothing here is tuned; all else is compared with it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .problem import Options, Problem
+from .problem import Options, Problem, without_autocast
 
 Parameters = dict[str, Tensor | None]
 
@@ -28,7 +28,9 @@ def normalise(y: Tensor, p: Parameters, options: Options) -> Tensor:
 
 def linear(y: Tensor, p: Parameters, options: Options) -> Tensor:
     """F(y) = act(norm(y) W^T + b)"""
-    return ACTIVATIONS[options.activation].forward(_product(normalise(y, p, options), p, "weight", "bias"), options.negative_slope)
+    return ACTIVATIONS[options.activation].forward(
+        _product(normalise(y, p, options), p, "weight", "bias"), options.negative_slope
+    )
 
 
 def mlp(y: Tensor, p: Parameters, options: Options) -> Tensor:
@@ -45,7 +47,12 @@ BLOCKS = {"linear": linear, "mlp": mlp}
 
 
 def score(problem: Problem) -> tuple[Tensor, list[Tensor]]:
-    """All iterations: the last state and the list of all T + 1 states, h_0 first, in the input's dtype."""
+    """All iterations: the last state in the input's dtype, and all T + 1 states, h_0 first, as they were computed."""
+    with without_autocast(problem.h.device.type):
+        return _score(problem)
+
+
+def _score(problem: Problem) -> tuple[Tensor, list[Tensor]]:
     dtype, options = problem.compute_dtype, problem.options
     block = BLOCKS[problem.op]
     x0 = None if problem.x0 is None else problem.x0.to(dtype)
@@ -67,8 +74,7 @@ def score(problem: Problem) -> tuple[Tensor, list[Tensor]]:
                 y = p * z + q * y + v * total + w * block(y, sets[problem.set_at(t)], options)
             h = y
         states.append(h)
-    states = [state.to(problem.h.dtype) for state in states]
-    return states[-1].clone() if problem.iterations == 0 else states[-1], states
+    return states[-1].to(problem.h.dtype, copy=problem.iterations == 0), states
 
 
 def _product(x: Tensor, p: Parameters, weight: str, bias: str) -> Tensor:

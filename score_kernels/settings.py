@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def scratch_budget(device: str) -> int:
         megabytes = float(text)
     except ValueError:
         megabytes = 0.0
-    if megabytes <= 0:
+    if not 0 < megabytes < math.inf:
         raise ValueError(f"SCORE_KERNELS_SCRATCH_MB: expected a positive number of MiB, got {text!r}")
     return int(megabytes * 2**20)
 
