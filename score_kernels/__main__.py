@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse, torch
+import argparse
 import sys
 from collections.abc import Sequence
 

@@ -26,21 +26,22 @@ def forward(problem: Problem, plan: Plan, out: Tensor) -> Tensor:
     x0 = None if problem.x0 is None else problem.x0.reshape(h.shape)
     iteration = _Iteration(problem)
     keep = problem.options.trajectory
-    trajectory = h.new_empty((problem.iterations + 1, *h.shape) if keep else 0, dtype=problem.compute_dtype)
+    trajectory = h.new_empty((problem.iterations + 1, *problem.h.shape) if keep else 0, dtype=problem.compute_dtype)
+    states = trajectory.view(problem.iterations + 1, *h.shape) if keep else trajectory
     last = out.view(h.shape) if out.is_contiguous() else torch.empty_like(h)
     for rows in _tiles(h.shape[0], plan.rows):
         y = h[rows].to(problem.compute_dtype, copy=True)
         injected = _tile(x0, rows, y)
         for t in range(problem.iterations):
             if keep:
-                trajectory[t, rows] = y
+                states[t, rows] = y
             iteration.advance_(y, injected, t)
         last[rows] = y
         if keep:
-            trajectory[-1, rows] = y
+            states[-1, rows] = y
     if not out.is_contiguous():
         out.copy_(last.view(out.shape))
-    return trajectory.view(problem.iterations + 1, *problem.h.shape) if keep else trajectory
+    return trajectory
 
 
 def backward(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypedDict, Unpack
+from typing import Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -109,8 +109,15 @@ class _ScoreModule(nn.Module):
         """The step: as given, or the learned one, strictly inside (0, 1)."""
         if not self.learn_dt:
             return self.fixed_dt
-        logit = self.dt_logit.to(torch.promote_types(self.dt_logit.dtype, torch.float32))
-        return MARGIN + (1 - 2 * MARGIN) * torch.sigmoid(logit)
+        return MARGIN + (1 - 2 * MARGIN) * torch.sigmoid(self.dt_logit)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As every module, but a learned dt's logit keeps float32 when the weights go to 16 bits."""
+        logit = self.dt_logit.detach() if self.learn_dt else None
+        super()._apply(fn, recurse)
+        if logit is not None and self.dt_logit.dtype.itemsize < logit.dtype.itemsize:
+            self.dt_logit.data = logit.to(self.dt_logit.device)
+        return self
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

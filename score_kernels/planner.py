@@ -80,7 +80,7 @@ def plan(
 
     state = features * itemsize
     rows = _rows(state, hidden * (2 if gated else 1) * itemsize, device, scratch_budget)
-    backward_rows, interval = _checkpoints(rows, iterations)
+    backward_rows, interval = _checkpoints(rows, iterations, scratch_budget // state)
     scratch = scratch_tiles(iterations, interval) * backward_rows * state
     return Plan(op, chosen, device, dtype, iterations, rows, backward_rows, interval, scratch, skipped)
 
@@ -94,17 +94,24 @@ def _rows(state: int, hidden: int, device: str, budget: int) -> int:
     """Rows of a tile, a power of two: y, norm(y) and twice the hidden features within the cache (the budget on a GPU)."""
     (low, high), size = (CPU_ROWS, CPU_TILE_BYTES) if device == "cpu" else (GPU_ROWS, budget)
     fit = size // (2 * state + 2 * hidden)
-    return min(max(1 << max(fit, 1).bit_length() - 1, low), high)
+    return min(max(_power_of_two(fit), low), high)
 
 
-def _checkpoints(rows: int, iterations: int) -> tuple[int, int]:
-    """Rows and checkpoint interval of backward, which may keep 2 ceil(sqrt(T)) forward tiles of state.
+def _power_of_two(limit: int) -> int:
+    """The largest power of two within the limit, at least 1."""
+    return 1 << max(limit, 1).bit_length() - 1
+
+
+def _checkpoints(rows: int, iterations: int, budget: int) -> tuple[int, int]:
+    """Rows and checkpoint interval of backward, which may keep 2 ceil(sqrt(T)) forward tiles of state, `budget` rows in all.
 
     Every state of a smaller tile costs one walk through the iterations; where that tile would be too small to multiply
-    well, every sqrt(T)-th state of a whole tile costs a second one.
+    well, every sqrt(T)-th state of a larger one costs a second walk.
     """
     allowed = 2 * math.isqrt(max(iterations - 1, 0)) + 2
-    shrink = 1 << (max(-(-iterations // allowed), 1) - 1).bit_length()
-    if rows // shrink >= CPU_ROWS[0]:
-        return rows // shrink, 1
-    return rows, math.isqrt(iterations - 1) + 1
+    for interval in (1, math.isqrt(max(iterations - 1, 0)) + 1):
+        kept = max(scratch_tiles(iterations, interval), 1)
+        fit = min(rows * min(allowed / kept, 1), budget / kept)
+        if fit >= CPU_ROWS[0]:
+            break
+    return _power_of_two(int(fit)), interval

@@ -166,6 +166,8 @@ def test_speeds_are_paired_ratios_whichever_way_they_turn_out() -> None:
     rows = [row("eager", [2.0, 4.0, 8.0]), row("torch_compile", [0.5, 1.0, 2.0]), row("blas", [1.0, 2.0, 4.0])]
     assert conclusions(rows) == ["x: score_kernels is 2.00x as fast as the plain loop and 0.50x as fast as torch.compile."]
     assert conclusions(rows[:2]) == []
+    absent = {**row("torch_compile", []), "status": "failed", "samples": None}
+    assert conclusions([rows[0], absent, rows[2]]) == ["x: score_kernels is 2.00x as fast as the plain loop."]
 
 
 @pytest.mark.parametrize(

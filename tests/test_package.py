@@ -26,7 +26,7 @@ def archives(tmp_path_factory):
     folder = tmp_path_factory.mktemp("build")
     for name in ("score_kernels", "tests", "bench"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     # No network: nothing is installed for the build, and nothing of torch is needed by it.
     (folder / "blocked").mkdir()

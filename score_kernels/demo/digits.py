@@ -104,8 +104,8 @@ def run(console: Console, quick: bool, seed: int) -> None:
         f"{PIXELS} -> {FEATURES}, {DEPTH} x (LayerNorm, {FEATURES} -> {HIDDEN}, GELU, {HIDDEN} -> {FEATURES}), {FEATURES} -> "
         f"{CLASSES}; Adam, learning rate {LEARNING_RATE:g} falling to 0, batches of {BATCH}, {epochs} epochs, "
         f"{'1 seed' if seeds == 1 else f'{seeds} seeds (mean ± standard deviation)'}. Time: median, on one thread; the "
-        f"networks take turns, epoch by epoch. Memory: the peak that one training step on {MEMORY_ROWS} rows adds, in a process "
-        "of its own.",
+        f"networks take turns, epoch by epoch. Memory: the peak that one training step on {MEMORY_ROWS} rows adds, in a "
+        "process of its own.",
     )
     if reason:
         screen.paragraph(console, f"Memory was not measured: {reason}")
