@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .linalg import Number, add_, dot, product
+from .linalg import Number, add_, dot, outer, product
 from .problem import Problem
 
 Gradients = dict[str, list[Tensor | None]]
@@ -100,7 +100,7 @@ class Block:
         """For out = x W^T + b: dW += w dout^T x and db += w (column sums of dout)."""
         dweight, dbias = self.gradient(weight, index), self.gradient(bias, index)
         if dweight is not None:
-            add_(dweight, w, product(dout.t(), x.t()))
+            add_(dweight, w, outer(dout, x))
         if dbias is not None:
             add_(dbias, w, dout.sum(0))
 

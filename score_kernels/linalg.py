@@ -34,6 +34,12 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def outer(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b, the sum over the rows of their outer products, for a (M, N), b (M, K)."""
+    # The first operand's transpose is copied: let it be the narrower one.
+    return product(a.t(), b.t()) if a.shape[1] <= b.shape[1] else product(b.t(), a.t()).t()
+
+
 @functools.cache
 def onednn() -> bool:
     """Whether torch has oneDNN's linear operator: part of what torch.compile emits for a CPU, and in no stable namespace."""

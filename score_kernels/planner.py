@@ -13,9 +13,9 @@ MISSING = {
     "triton": "the Triton kernels are not part of this version",
 }
 
-# Working set of a tile on a CPU: what two cores' L2 hold. See docs/numerics.md for the measurement behind it.
-CPU_TILE_BYTES = 2 << 20
-CPU_ROWS = (256, 2048)
+# Working set of a tile on a CPU: within the shared cache, and large enough that starting the threads of a call costs little.
+CPU_TILE_BYTES = 8 << 20
+CPU_ROWS = (256, 8192)
 GPU_ROWS = (1024, 1 << 20)
 
 
