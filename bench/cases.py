@@ -96,7 +96,7 @@ QUICK = (
 )  # fmt: skip
 
 FLOOR = _square_rows(8, ("forward",), ((64, 64), (128, 128), (128, 512), (256, 256), (256, 1024), (512, 512)))
-TRAINING = _square_rows(16, ("training",), ((128, 128), (128, 512), (256, 256), (256, 1024)))
+TRAINING = _square_rows(16, ("training",), ((64, 64), (128, 128), (128, 512), (256, 256), (256, 1024)))
 
 SUITES: dict[str, Suite] = {
     "quick": Suite("every kind of case, in 2 minutes on 2 cores", QUICK, ("eager", "torch_compile", "reference", "blas")),
