@@ -111,6 +111,16 @@ def _activation(case: Case, a: Tensor) -> Tensor:
     return ACTIVATIONS[case.activation].forward(a, NEGATIVE_SLOPE)
 
 
+def _without_onednn(case: Case) -> Forward:
+    run = ours(case, backend="blas")
+
+    def forward(h: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        with torch.backends.mkldnn.flags(enabled=False):
+            return run(h, parameters)
+
+    return forward
+
+
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
@@ -120,5 +130,6 @@ PROVIDERS: dict[str, Provider] = {
         ),
         Provider("reference", "ours", "the oracle: the formulas as they read", partial(ours, backend="reference")),
         Provider("blas", "ours", "the kernels' algorithm in PyTorch calls", partial(ours, backend="blas")),
+        Provider("blas_no_onednn", "ours", "the same with torch's BLAS in oneDNN's place", _without_onednn),
     )
 }

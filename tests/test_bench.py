@@ -306,7 +306,7 @@ def test_cli_list_and_selection(capsys):
         assert f"suite {name}" in listed
         assert all(case.name in listed for case in suite.cases)
     assert all(name in listed for name in PROVIDERS)
-    assert [case.name for case in select(None, ["mlp-64*", "linear*"])] == ["linear-leaky", "mlp-64x64-t8"]
+    assert [case.name for case in select(None, ["mlp-64*", "linear*"])] == ["linear-leaky", "mlp-64x64-t8", "mlp-64x64-t16"]
     with pytest.raises(SystemExit, match="2"):
         main(["run", "--case", "no-such-*"])
     assert "'no-such-*' matches none of: mlp-launch-bound" in capsys.readouterr().err
