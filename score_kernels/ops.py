@@ -6,18 +6,22 @@ the flat form of a call (`Problem.build`), its parameters in one list with `coun
 
 from __future__ import annotations
 
+import functools
+import importlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import blas, planner
-from .planner import Plan
+from . import blas, planner, stages
+from .planner import INTERPRETER, Machine, Plan
 from .problem import SHAPES, Options, Problem, compute_dtype, without_autocast
-from .settings import scratch_budget, strict
+from .settings import interpreted, scratch_budget, strict
 
 _INPUTS = "Tensor h, Tensor? x0, Tensor coefficients, Tensor? state_scale, Tensor? x0_scale, Tensor[] parameters"
 _OPTIONS = (
@@ -47,7 +51,7 @@ def note(plan: Plan) -> None:
 
 def plan_of(problem: Problem) -> Plan:
     """The plan of a call on the machine that its tensors are on."""
-    dtype, device = problem.compute_dtype, problem.h.device
+    dtype, device, solver = problem.compute_dtype, problem.h.device, problem.options.solver
     return planner.plan(
         problem.op,
         features=problem.features,
@@ -56,10 +60,31 @@ def plan_of(problem: Problem) -> Plan:
         iterations=problem.iterations - problem.first_grad,
         dtype=str(problem.h.dtype).removeprefix("torch."),
         itemsize=dtype.itemsize,
-        device=device.type,
+        machine=machine_of(device),
         scratch_budget=scratch_budget(device.type),
+        state_tiles=1 + stages.uses_z(solver) + stages.uses_sum(solver),
+        stages=problem.coefficients.shape[1],
         backend=problem.options.backend,
     )
+
+
+def machine_of(device: torch.device) -> Machine:
+    """What the planner has to know of a device; a CPU runs the Triton kernels where `TRITON_INTERPRET=1` interprets them."""
+    reason = None if find_spec("triton") else "triton is not installed: pip install 'triton>=3.6'"
+    if device.type == "cpu":
+        return INTERPRETER if interpreted() and reason is None else Machine(triton=reason or "it needs a GPU")
+    if device.type != "cuda":
+        return Machine(device.type, triton=f"it runs on CUDA and ROCm devices, not on {device.type}")
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" or torch.backends.cuda.matmul.allow_tf32
+    return replace(_gpu(device.index if device.index is not None else torch.cuda.current_device()), tf32=tf32, triton=reason)
+
+
+@functools.cache
+def _gpu(index: int) -> Machine:
+    properties = torch.cuda.get_device_properties(index)
+    arch = properties.major * 10 + properties.minor
+    shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return Machine("cuda", arch, properties.multi_processor_count, shared, verified=planner.VERIFIED)
 
 
 def _planned(problem: Problem) -> Plan:
@@ -77,7 +102,13 @@ def _planned(problem: Problem) -> Plan:
 
 def _forward(problem: Problem, out: Tensor) -> Tensor:
     with without_autocast(problem.h.device.type):
-        return blas.forward(problem, _planned(problem), out)
+        plan = _planned(problem)
+        return _backend(plan.backend).forward(problem, plan, out)
+
+
+def _backend(name: str) -> Any:
+    """The module that computes; Triton is imported by its first call."""
+    return importlib.import_module(".triton_kernels.launch", __package__) if name == "triton" else blas
 
 
 def _empty(x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -108,7 +139,8 @@ def _register(op: str) -> None:
     ):
         problem = Problem.build(op, (h, x0, coefficients, state_scale, x0_scale, *parameters), Options(*options))
         with without_autocast(h.device.type):
-            return blas.backward(problem, plan_of(problem), grad_out, grad_states, states, needs)
+            plan = plan_of(problem)
+            return _backend(plan.backward).backward(problem, plan, grad_out, grad_states, states, needs)
 
     @backward.register_fake
     def _(  # type: ignore[no-untyped-def]

@@ -3,28 +3,60 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-BACKENDS = ("reference", "blas")
+from .triton_kernels.configs import CONFIGS, INTERPRETED, Config, Tile, family
+
+BACKENDS = ("reference", "blas", "triton")
 
 # Backends that the design has and this version does not: what `explain` and errors say of them.
-MISSING = {
-    "cuda": "the CUDA kernels are not part of this version",
-    "triton": "the Triton kernels are not part of this version",
-}
+MISSING = {"cuda": "the CUDA kernels are not part of this version"}
 
 # Working set of a tile on a CPU: within the shared cache, and large enough that starting the threads of a call costs little.
 CPU_TILE_BYTES = 8 << 20
 CPU_ROWS = (256, 8192)
 GPU_ROWS = (1024, 1 << 20)
 
+# Share of the scratch budget that the Triton kernels may use for states; the ring of operands has the rest.
+STATES_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a call runs on.
+
+    device: torch's device type. arch: compute capability, 90 for 9.0. multiprocessors, shared_memory: of the device, the
+    latter in bytes for one program. tf32: torch may use it for float32 products. triton: why it cannot run here, or None.
+    verified: the architectures on which the kernels have been compared with float64 on hardware.
+    """
+
+    device: str = "cpu"
+    arch: int = 0
+    multiprocessors: int = 0
+    shared_memory: int = 0
+    tf32: bool = False
+    triton: str | None = "it needs a GPU"
+    verified: frozenset[int] = frozenset()
+
+
+# Architectures with committed hardware results, which `auto` needs to choose a kernel. None yet.
+VERIFIED: frozenset[int] = frozenset()
+
+# What Triton's interpreter is planned as.
+INTERPRETER = Machine("cpu", multiprocessors=2, shared_memory=1 << 20, tf32=True, triton=None)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """How one call runs. `skipped` holds (backend, reason) for every faster backend that was not chosen."""
+    """How one call runs. `skipped` holds (backend, reason) for every faster backend that was not chosen.
+
+    backend, backward: who runs the two passes. blas: rows, backward_rows of a tile, a state kept every `interval` iterations.
+    triton: the tiles, `programs` of backward at a time, `chunk_rows` for each of its launches.
+    """
 
     op: str
     backend: str
+    backward: str
     device: str
     dtype: str
     iterations: int
@@ -33,23 +65,31 @@ class Plan:
     interval: int
     scratch_bytes: int
     skipped: tuple[tuple[str, str], ...] = ()
+    forward_tile: Tile | None = None
+    backward_tile: Tile | None = None
+    programs: int = 0
+    chunk_rows: int = 0
 
     def __str__(self) -> str:
-        lines = [
-            ("op", self.op),
-            ("backend", self.backend),
-            ("device", f"{self.device}, {self.dtype}"),
-        ]
-        if self.backend == "blas":
-            walk = "once" if self.interval == 1 else f"twice, a state kept every {self.interval} iterations"
-            lines += [
-                ("forward", f"tiles of {self.rows} rows, {self.iterations} iterations each"),
-                ("backward", f"tiles of {self.backward_rows} rows, trajectory recomputed {walk}"),
-                ("scratch", f"at most {self.scratch_bytes / 2**20:.1f} MiB of states in backward"),
-            ]
+        lines = [("op", self.op), ("backend", self.backend), ("device", f"{self.device}, {self.dtype}")]
+        walk = "once" if self.interval == 1 else f"twice, a state kept every {self.interval} iterations"
+        scratch = ("scratch", f"at most {self.scratch_bytes / 2**20:.1f} MiB in backward")
+        if self.forward_tile is not None:
+            lines.append(("forward", f"one launch, tiles of {_describe(self.forward_tile)}, {self.iterations} iterations each"))
+        elif self.backend == "blas":
+            lines.append(("forward", f"tiles of {self.rows} rows, {self.iterations} iterations each"))
+        if self.backward_tile is not None:
+            tiles = f"tiles of {_describe(self.backward_tile)}, {self.programs} programs"
+            lines += [("backward", f"{self.chunk_rows} rows a launch, {tiles}, trajectory recomputed {walk}"), scratch]
+        elif self.backward == "blas":
+            lines += [("backward", f"tiles of {self.backward_rows} rows, trajectory recomputed {walk}"), scratch]
         lines += [(f"not {name}", reason) for name, reason in self.skipped]
         width = max(len(key) for key, _ in lines)
         return "\n".join(f"{key:<{width}}  {value}" for key, value in lines)
+
+
+def _describe(tile: Tile) -> str:
+    return f"{tile.rows} rows x {tile.hidden} hidden features, {tile.warps} warps, {tile.shared / 1024:.0f} KiB shared"
 
 
 def plan(
@@ -61,28 +101,89 @@ def plan(
     iterations: int,
     dtype: str,
     itemsize: int,
-    device: str,
+    machine: Machine,
     scratch_budget: int,
+    state_tiles: int = 1,
+    stages: int = 1,
     backend: str = "auto",
 ) -> Plan:
     """Plans one call.
 
-    features, hidden: D and H. iterations: those that gradients reach. dtype: the input's, for display.
-    itemsize: bytes of an element of state (4, or 8 for float64). device: "cpu", "cuda" ... scratch_budget: bytes.
-    Raises ValueError for a backend that is unknown or not part of this version.
+    features, hidden: D and H. iterations: those that gradients reach. dtype: the input's, as "bfloat16".
+    itemsize: bytes of an element of state (4, or 8 for float64). scratch_budget: bytes. state_tiles, stages: of the solver.
+    Raises ValueError for a backend that is unknown, not part of this version, or named and unable to run the call.
     """
     if backend in MISSING:
         raise ValueError(f"backend={backend!r}: {MISSING[backend]}; available: {', '.join(BACKENDS)}")
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend: expected one of {', '.join(('auto', *BACKENDS))}, got {backend!r}")
-    skipped = tuple(MISSING.items()) if backend == "auto" and device != "cpu" else ()
-    chosen = "blas" if backend == "auto" else backend
-
     state = features * itemsize
-    rows = _rows(state, hidden * (2 if gated else 1) * itemsize, device, scratch_budget)
+    rows = _rows(state, hidden * (2 if gated else 1) * itemsize, machine.device, scratch_budget)
     backward_rows, interval = _checkpoints(rows, iterations, scratch_budget // state)
     scratch = scratch_tiles(iterations, interval) * backward_rows * state
-    return Plan(op, chosen, device, dtype, iterations, rows, backward_rows, interval, scratch, skipped)
+    chosen = "blas" if backend == "auto" else backend
+    base = Plan(op, chosen, chosen, machine.device, dtype, iterations, rows, backward_rows, interval, scratch)
+    if backend != "triton" and (backend != "auto" or machine.device == "cpu"):
+        return base
+
+    skipped = tuple(MISSING.items()) if backend == "auto" else ()
+    kind = f"gated {op}" if gated else op
+    config, reason = _config(kind, features, dtype, machine, state_tiles)
+    if backend == "auto" and reason is None and machine.arch not in machine.verified:
+        reason = f"no hardware results are committed for compute capability {machine.arch / 10}; backend='triton' selects it"
+    if config is None or reason is not None:
+        if backend == "triton":
+            raise ValueError(f"backend='triton' cannot run this call: {reason}")
+        return replace(base, skipped=(*skipped, ("triton", str(reason))))
+    base = replace(base, backend="triton", forward_tile=config.forward, skipped=skipped)
+    if config.backward is None:
+        reason = f"backward of D = {features} does not fit in registers"
+        return replace(base, backward="blas", skipped=(*skipped, ("triton in backward", reason)))
+    operands = 2 * features + ((3 if gated else 2) * hidden if op == "mlp" else 0)
+    ring_row = iterations * stages * operands * (4 if dtype == "float32" else 2)
+    return _backward(base, config.backward, features, ring_row, stages, machine, scratch_budget)
+
+
+def _config(kind: str, features: int, dtype: str, machine: Machine, state_tiles: int) -> tuple[Config | None, str | None]:
+    """The tiles of the Triton kernels for a call, or why it cannot have them."""
+    if machine.triton is not None:
+        return None, machine.triton
+    if dtype == "float64":
+        return None, "float64 is computed by blas"
+    if dtype == "float32" and not machine.tf32:
+        return None, "full float32 is computed by blas; torch.backends.cuda.matmul.allow_tf32 = True admits tf32"
+    if machine == INTERPRETER:
+        return Config(INTERPRETED, INTERPRETED), None
+    widths = CONFIGS.get(family(machine.arch), {}).get((kind, state_tiles), {})
+    config = widths.get(max(_power_of_two(2 * features - 1), 16))
+    if config is None or config.forward is None:
+        most = max((width for width, entry in widths.items() if entry.forward is not None), default=0)
+        return None, f"D = {features} does not fit in registers with this block and solver ({most} at most)"
+    if config.forward.shared > machine.shared_memory:
+        return None, f"it needs {config.forward.shared} bytes of shared memory, this device has {machine.shared_memory}"
+    return config, None
+
+
+def _backward(base: Plan, tile: Tile, features: int, ring_row: int, stages: int, machine: Machine, scratch_budget: int) -> Plan:
+    """Programs, rows of a launch and checkpoints within the scratch budget; blas where not even one tile fits."""
+    iterations = base.iterations
+    root = math.isqrt(max(iterations - 1, 0)) + 1
+    interval = 1 if iterations <= 2 * root else root
+    # Beside the states: the inputs of a solver's stages, and dL/dx0.
+    slots = scratch_tiles(iterations, interval) + (stages if stages > 1 else 0) + 1
+    slot = tile.rows * max(_power_of_two(2 * features - 1), 16) * 4
+    fit = int(scratch_budget * STATES_SHARE) // (slots * slot)
+    programs = min(machine.multiprocessors * max(machine.shared_memory // max(tile.shared, 1), 1), fit)
+    left = scratch_budget - programs * slots * slot
+    chunk = left // max(ring_row, 1) // tile.rows * tile.rows
+    if tile.shared > machine.shared_memory or programs < 1 or chunk < tile.rows:
+        reason = f"backward needs more shared memory or scratch than there is ({tile.shared} bytes, {scratch_budget} bytes)"
+        return replace(base, backward="blas", skipped=(*base.skipped, ("triton in backward", reason)))
+    chunk = min(chunk, max(1, (1 << 20) // tile.rows) * tile.rows)
+    return replace(
+        base, backward="triton", backward_tile=tile, programs=programs, chunk_rows=chunk, interval=interval,
+        scratch_bytes=programs * slots * slot + chunk * ring_row,
+    )  # fmt: skip
 
 
 def scratch_tiles(iterations: int, interval: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import ops
@@ -13,7 +14,8 @@ from .planner import BACKENDS, Plan
 
 def available_backends() -> list[str]:
     """The names that `backend=` takes on this machine, slowest first."""
-    return list(BACKENDS)
+    machine = ops.machine_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return [name for name in BACKENDS if name != "triton" or machine.triton is None]
 
 
 class Explanation(tuple[Plan, ...]):

@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | SCORE_KERNELS_STRICT | 1: on a GPU, an error instead of a warning when `auto` cannot use a fused kernel | 0 |
 | SCORE_KERNELS_SCRATCH_MB | MiB of states that backward may keep for recomputation, in all | 64 on a CPU, 512 on a GPU |
+| TRITON_INTERPRET | Triton's own: 1 runs the Triton kernels on a CPU, slowly, to check them | 0 |
 | SCORE_KERNELS_DATA | folder where the examples find their data sets | none |
 """
 
@@ -16,6 +17,10 @@ from pathlib import Path
 
 def strict() -> bool:
     return os.environ.get("SCORE_KERNELS_STRICT", "0") not in ("", "0")
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def scratch_budget(device: str) -> int:

@@ -1,0 +1,373 @@
+"""What the row-wise kernels share: all T iterations of a tile of rows in one program, forward and backward.
+
+The state is a tile of float32 registers. An iteration runs the stage program of `score_kernels.stages` on it; the op's own
+part, the block F between norm and update, comes in as two functions (`mlp.py`, `linear.py`):
+
+    update(x, y, w, ...)   y + w F(x), the last product accumulating on the state y
+    reverse(x, g, w, ...)  (dL/dx, dL/dw) for L = <g, w F(x)>; it writes the operands of the weight gradients to the ring
+
+`x` is the normed state rounded to the operands' dtype. Parameters come through a table of pointers, one row for each set.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Static(NamedTuple):
+    """What a kernel is specialised for.
+
+    features, hidden: D, H; columns: D padded to a power of two; tile, chunk: rows of a tile, hidden features of a chunk.
+    parameters: columns of the pointer table, the norm's gain and bias last; present: which of them are given.
+    gain_float32: the norm's parameters are float32, not the operands' dtype. uses_z, uses_sum: tiles that the solver needs
+    beside y. sums: floats for one set of gradients of biases, gain and norm bias, the latter two last.
+    """
+
+    features: int
+    hidden: int
+    columns: int
+    tile: int
+    chunk: int
+    precision: str
+    activation: str
+    norm: str
+    present: tuple[bool, ...]
+    parameters: int
+    gain: bool
+    norm_bias: bool
+    gain_float32: bool
+    sums: int
+    stages: int
+    uses_z: bool
+    uses_sum: bool
+    cyclic: bool
+    x0: bool
+    state_scale: bool
+    x0_scale: bool
+    trajectory: bool = False
+    grad_trajectory: bool = False
+    want_x0: bool = False
+    want_scalars: bool = False
+    want_weights: bool = False
+    want_sums: bool = False
+
+
+# Columns of the records of scalar gradients: p, q, v, w, e of every stage, then the two scales.
+SCALES = 2
+
+
+def stage_slots(stages: int) -> int:
+    """Slots of scratch for the inputs of an iteration's stages: a single stage has its input in registers."""
+    return stages if stages > 1 else 0
+
+
+@triton.jit
+def parameter(row, index: tl.constexpr, dtype):
+    """Pointer `index` of a row of the table; `launch.py` makes sure of the alignment."""
+    return tl.multiple_of(tl.load(row + index).to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
+def vector(row, index: tl.constexpr, dtype, offsets, size: tl.constexpr):
+    """A bias or gain as float32, 0 beyond its size."""
+    return tl.load(parameter(row, index, dtype) + offsets, mask=offsets < size, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def gain(row, index: tl.constexpr, dtype, S: tl.constexpr):
+    column = tl.arange(0, S.columns)
+    if S.gain_float32:
+        return vector(row, index, tl.float32, column, S.features)
+    else:
+        return vector(row, index, dtype, column, S.features)
+
+
+@triton.jit
+def table_row(table, t, iterations, sets, S: tl.constexpr):
+    index = t % sets if S.cyclic else (t * sets) // iterations
+    return table + index * S.parameters, index
+
+
+@triton.jit
+def whiten(y, eps, S: tl.constexpr):
+    """(y - mean) / deviation, and 1 / deviation; the padding stays 0 and counts in no sum."""
+    deviation = tl.full((S.tile,), 1.0, tl.float32)
+    if S.norm == "layernorm":
+        mean = tl.sum(y, 1) / S.features
+        y = tl.where(tl.arange(0, S.columns)[None, :] < S.features, y - mean[:, None], 0.0)
+    if S.norm != "none":
+        deviation = tl.rsqrt(tl.sum(y * y, 1) / S.features + eps)
+        y = y * deviation[:, None]
+    return y, deviation
+
+
+@triton.jit
+def normalise(y, row, dtype, eps, S: tl.constexpr):
+    """norm(y) as an operand. The norm's parameters are the table's last two columns."""
+    x, _ = whiten(y, eps, S)
+    if S.gain:
+        x = x * gain(row, S.parameters - 2, dtype, S)[None, :]
+    if S.norm_bias:
+        x = x + gain(row, S.parameters - 1, dtype, S)[None, :]
+    return x.to(dtype)
+
+
+@triton.jit
+def normalise_backward(dx, y, row, sums, dtype, eps, live, S: tl.constexpr):
+    """dL/dy from dx = dL/dnorm(y), adding the gradients of gain and bias to the last 2 D floats of `sums`."""
+    column = tl.arange(0, S.columns)
+    inside = column < S.features
+    x, deviation = whiten(y, eps, S)
+    if S.want_sums:
+        at = sums + tl.arange(0, S.columns)
+        if S.gain:
+            add(at, tl.sum(tl.where(live, dx * x, 0.0), 0), inside)
+        if S.norm_bias:
+            add(at + S.features, tl.sum(tl.where(live, dx, 0.0), 0), inside)
+    if S.norm == "none":
+        return dx
+    if S.gain:
+        dx = dx * gain(row, S.parameters - 2, dtype, S)[None, :]
+    along = tl.sum(dx * x, 1) / S.features
+    if S.norm == "layernorm":
+        dx = tl.where(inside[None, :], dx - (tl.sum(dx, 1) / S.features)[:, None], 0.0)
+    return (dx - x * along[:, None]) * deviation[:, None]
+
+
+@triton.jit
+def add(at, value, mask):
+    """at <- at + value for addresses that this program alone writes, once between two barriers."""
+    tl.store(at, tl.load(at, mask=mask, other=0.0) + value, mask=mask)
+
+
+@triton.jit
+def start(y, x0, live, state_scale, x0_scale, t, S: tl.constexpr):
+    """z = r y + s x0"""
+    if S.state_scale:
+        y = y * tl.load(state_scale + t)
+    if S.x0:
+        injected = tl.load(x0, mask=live, other=0.0).to(tl.float32)
+        y = y + (injected * tl.load(x0_scale + t) if S.x0_scale else injected)
+    return y
+
+
+@triton.jit
+def stage_update(y, z, total, c, row, dtype, eps, slope, UPDATE: tl.constexpr, S: tl.constexpr):
+    """p z + q y + v S + w F(y)"""
+    x = normalise(y, row, dtype, eps, S)
+    y = y * tl.load(c + 1)
+    if S.uses_z:
+        y += tl.load(c) * z
+    if S.uses_sum:
+        y += tl.load(c + 2) * total
+    return UPDATE(x, y, tl.load(c + 3), row, dtype, slope, S)
+
+
+@triton.jit
+def advance(
+    y, x0, live, coefficients, state_scale, x0_scale, table, t, iterations, sets, dtype, eps, slope,
+    UPDATE: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """h_t becomes h_{t+1}."""
+    row, _ = table_row(table, t, iterations, sets, S)
+    y = start(y, x0, live, state_scale, x0_scale, t, S)
+    z = y
+    total = tl.full((S.tile, S.columns), 0.0, tl.float32) if S.uses_sum else 0.0
+    for stage in range(S.stages):
+        c = coefficients + (t * S.stages + stage) * 5
+        if S.uses_sum:
+            total += tl.load(c + 4) * y
+        y = stage_update(y, z, total, c, row, dtype, eps, slope, UPDATE, S)
+    return y
+
+
+@triton.jit
+def tile_of(rows, S: tl.constexpr):
+    """Which elements of a tile are there, `rows` being left, and their offsets from its first one.
+
+    The offsets are 32 bits wide and the same for every tile: what is 64 bits wide is the address of the first element.
+    """
+    row = tl.arange(0, S.tile)[:, None]
+    column = tl.arange(0, S.columns)[None, :]
+    return (row < rows) & (column < S.features), row * S.features + column
+
+
+@triton.jit
+def forward_kernel(
+    h, x0, out, states, table, coefficients, state_scale, x0_scale, rows, iterations, sets, eps, slope,
+    UPDATE: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """out = h_T for one tile of rows; with `S.trajectory`, states (T+1, rows, D) as well."""
+    first_row = tl.program_id(0).to(tl.int64) * S.tile
+    live, at = tile_of(rows - first_row, S)
+    start_at = first_row * S.features
+    h += start_at
+    x0 += start_at
+    out += start_at
+    states += start_at
+    size = tl.full((), S.features, tl.int64) * rows
+    dtype = h.dtype.element_ty
+    y = tl.load(h + at, mask=live, other=0.0).to(tl.float32)
+    for t in range(iterations):
+        if S.trajectory:
+            tl.store(states + at, y, mask=live)
+            states += size
+        y = advance(
+            y, x0 + at, live, coefficients, state_scale, x0_scale, table, t, iterations, sets, dtype, eps, slope, UPDATE, S
+        )  # fmt: skip
+    if S.trajectory:
+        tl.store(states + at, y, mask=live)
+    tl.store(out + at, y.to(dtype), mask=live)
+
+
+@triton.jit
+def backward_kernel(
+    h, x0, states, grad_out, grad_states, grad_h, grad_x0, scratch, ring, sums, scalars,
+    table, coefficients, state_scale, x0_scale,
+    rows, first_row, last_row, iterations, first, interval, slots, sets, eps, slope,
+    UPDATE: tl.constexpr, REVERSE: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """Gradients of rows [first_row, last_row): the tiles are dealt to the programs in turn.
+
+    For every tile: walk to the end keeping each `interval`-th state from iteration `first` on, then take these segments from
+    the last to the first, walk each again keeping all its states, and reverse its iterations. Kept states are float32 slots of
+    `scratch`, `slots` for each program: checkpoints, states of a segment, inputs of the later stages, dL/dx0.
+    `ring` receives what the weight gradients are products of, `sums` (programs, sets, S.sums) gradients of biases and norms,
+    `scalars` (tiles, T, stages * 5 + SCALES) those of the coefficients and scales.
+    """
+    column = tl.arange(0, S.columns)
+    dtype = h.dtype.element_ty
+    size = tl.full((), S.features, tl.int64) * rows
+    slot: tl.constexpr = S.tile * S.columns
+    scratch += tl.program_id(0).to(tl.int64) * slots * slot
+    local = tl.arange(0, S.tile)[:, None] * S.columns + column[None, :]
+    checkpoints = tl.cdiv(iterations - first, interval)
+    segment = scratch + checkpoints * slot
+    inputs = segment + (interval - 1) * slot
+    dx0 = inputs + (S.stages if S.stages > 1 else 0) * slot + local
+    tiles = tl.cdiv(last_row - first_row, S.tile)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        ring_row = tl.full((), S.tile, tl.int64) * tile
+        live, at = tile_of(last_row - first_row - ring_row, S)
+        start_at = (ring_row + first_row) * S.features
+        injected = x0 + start_at
+        y = tl.load(h + start_at + at, mask=live, other=0.0).to(tl.float32)
+        if not S.trajectory:
+            for t in range(iterations):
+                if t >= first and (t - first) % interval == 0:
+                    tl.store(scratch + (t - first) // interval * slot + local, y)
+                y = advance(
+                    y, injected + at, live, coefficients, state_scale, x0_scale, table, t, iterations, sets, dtype, eps, slope,
+                    UPDATE, S,
+                )  # fmt: skip
+        g = tl.load(grad_out + start_at + at, mask=live, other=0.0).to(tl.float32)
+        if S.want_x0:
+            tl.store(dx0, tl.full((S.tile, S.columns), 0.0, tl.float32))
+        tl.debug_barrier()
+        for back in range(checkpoints):
+            begin = first + (checkpoints - 1 - back) * interval
+            end = tl.minimum(begin + interval, iterations)
+            if not S.trajectory:
+                walked = tl.load(scratch + (checkpoints - 1 - back) * slot + local)
+                for t in range(begin, end - 1):
+                    walked = advance(
+                        walked, injected + at, live, coefficients, state_scale, x0_scale, table, t, iterations, sets, dtype,
+                        eps, slope, UPDATE, S,
+                    )  # fmt: skip
+                    tl.store(segment + (t - begin) * slot + local, walked)
+                tl.debug_barrier()
+            for step in range(end - begin):
+                t = end - 1 - step
+                if S.grad_trajectory:
+                    g += tl.load(grad_states + ((t + 1) * size + start_at) + at, mask=live, other=0.0).to(tl.float32)
+                if S.trajectory:
+                    state = tl.load(states + (t * size + start_at) + at, mask=live, other=0.0).to(tl.float32)
+                elif t == begin:
+                    state = tl.load(scratch + (checkpoints - 1 - back) * slot + local)
+                else:
+                    state = tl.load(segment + (t - 1 - begin) * slot + local)
+                g = reverse(
+                    state, g, injected + at, dx0, inputs + local, live, ring, sums, scalars, tile, ring_row,
+                    coefficients, state_scale, x0_scale, table, t, iterations, first, last_row - first_row, sets, dtype,
+                    eps, slope, UPDATE, REVERSE, S,
+                )  # fmt: skip
+        if S.grad_trajectory:
+            g += tl.load(grad_states + start_at + at, mask=live, other=0.0).to(tl.float32)
+        tl.store(grad_h + start_at + at, tl.where(first == 0, g, 0.0).to(dtype), mask=live)
+        if S.want_x0:
+            tl.store(grad_x0 + start_at + at, tl.load(dx0).to(dtype), mask=live)
+        tl.debug_barrier()
+
+
+@triton.jit
+def reverse(
+    state, g, x0, dx0, inputs, live, ring, sums, scalars, tile, ring_row,
+    coefficients, state_scale, x0_scale, table, t, iterations, first, ring_rows, sets, dtype, eps, slope,
+    UPDATE: tl.constexpr, REVERSE: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """From h_t and g = dL/dh_{t+1} to dL/dh_t; everything else is written or accumulated."""
+    slot: tl.constexpr = S.tile * S.columns
+    row, index = table_row(table, t, iterations, sets, S)
+    sums += (tl.program_id(0) * sets + index) * S.sums
+    c = coefficients + t * S.stages * 5
+    scalars += (tile * iterations + t) * (S.stages * 5 + 2)
+    z = start(state, x0, live, state_scale, x0_scale, t, S)
+    if S.stages > 1:
+        y = z
+        total = tl.full((S.tile, S.columns), 0.0, tl.float32) if S.uses_sum else 0.0
+        for stage in range(S.stages - 1):
+            tl.store(inputs + stage * slot, y)
+            if S.uses_sum:
+                total += tl.load(c + stage * 5 + 4) * y
+            y = stage_update(y, z, total, c + stage * 5, row, dtype, eps, slope, UPDATE, S)
+        tl.store(inputs + (S.stages - 1) * slot, y)
+        tl.debug_barrier()
+    gz = tl.full((S.tile, S.columns), 0.0, tl.float32) if S.uses_z else 0.0
+    gtotal = tl.full((S.tile, S.columns), 0.0, tl.float32) if S.uses_sum else 0.0
+    capacity = tl.full((), S.stages, tl.int64) * (iterations - first) * ring_rows
+    for done in range(S.stages):
+        s = S.stages - 1 - done
+        at = c + s * 5
+        record = ((t - first) * S.stages + s) * tl.full((), 1, tl.int64) * ring_rows + ring_row
+        y = z if S.stages == 1 else tl.load(inputs + s * slot)
+        if S.uses_sum:
+            gtotal += tl.load(at + 2) * g
+        x = normalise(y, row, dtype, eps, S)
+        dx, dw = REVERSE(x, g, tl.load(at + 3), row, ring, record, capacity, sums, dtype, slope, live, S)
+        dy = normalise_backward(dx, y, row, sums + S.sums - 2 * S.features, dtype, eps, live, S)
+        if S.want_scalars:
+            tl.store(scalars + s * 5, dot(g, z, live))
+            tl.store(scalars + s * 5 + 1, dot(g, y, live))
+            tl.store(scalars + s * 5 + 3, dw)
+            if S.uses_sum:
+                total = tl.full((S.tile, S.columns), 0.0, tl.float32)
+                for i in range(s + 1):
+                    total += tl.load(c + i * 5 + 4) * tl.load(inputs + i * slot)
+                tl.store(scalars + s * 5 + 2, dot(g, total, live))
+                tl.store(scalars + s * 5 + 4, dot(gtotal, y, live))
+        if S.uses_z:
+            gz += tl.load(at) * g
+        g = tl.load(at + 1) * g + dy
+        if S.uses_sum:
+            g += tl.load(at + 4) * gtotal
+        tl.debug_barrier()
+    if S.uses_z:
+        g += gz
+    if S.want_scalars:
+        if S.state_scale:
+            tl.store(scalars + S.stages * 5, dot(g, state, live))
+        if S.x0_scale:
+            tl.store(scalars + S.stages * 5 + 1, dot(g, tl.load(x0, mask=live, other=0.0).to(tl.float32), live))
+    if S.want_x0:
+        tl.store(dx0, tl.load(dx0) + (g * tl.load(x0_scale + t) if S.x0_scale else g))
+    if S.state_scale:
+        g = g * tl.load(state_scale + t)
+    return g
+
+
+@triton.jit
+def dot(a, b, live):
+    return tl.sum(tl.where(live, a * b, 0.0))

@@ -1,0 +1,52 @@
+"""`linear` on a tile of rows: F(x) = act(x W^T + b). Its activation follows the product, which so has a tile of its own.
+
+Table columns: weight, bias, norm_weight, norm_bias. Ring: x, da (D wide).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .activations import activate, derivative
+from .iterate import add, parameter, vector
+
+
+@triton.jit
+def _weight(row, dtype, S: tl.constexpr):
+    n = tl.arange(0, S.columns)
+    at = parameter(row, 0, dtype) + n[:, None] * S.features + n[None, :]
+    return tl.load(at, mask=(n[:, None] < S.features) & (n[None, :] < S.features), other=0.0)
+
+
+@triton.jit
+def _product(x, row, dtype, S: tl.constexpr):
+    a = tl.dot(x, tl.trans(_weight(row, dtype, S)), input_precision=S.precision)
+    if S.present[1]:
+        a += vector(row, 1, dtype, tl.arange(0, S.columns), S.features)[None, :]
+    return a
+
+
+@triton.jit
+def linear_update(x, y, w, row, dtype, slope, S: tl.constexpr):
+    u = activate(_product(x, row, dtype, S), slope, S.activation)
+    # act(0) need not be 0, and the padding has to stay 0.
+    return y + tl.where(tl.arange(0, S.columns)[None, :] < S.features, w * u, 0.0)
+
+
+@triton.jit
+def linear_reverse(x, g, w, row, ring, record, capacity, sums, dtype, slope, live, S: tl.constexpr):
+    d = tl.arange(0, S.columns)
+    a = _product(x, row, dtype, S)
+    dw = 0.0
+    if S.want_scalars:
+        dw += tl.sum(tl.where(live, g * activate(a, slope, S.activation), 0.0))
+    da = tl.where(live, w * g * derivative(a, slope, S.activation), 0.0)
+    if S.want_sums and S.present[1]:
+        add(sums + d, tl.sum(da, 0), d < S.features)
+    da = da.to(dtype)
+    if S.want_weights:
+        at = tl.arange(0, S.tile)[:, None] * S.features + d[None, :]
+        tl.store(ring + record * S.features + at, x, mask=live)
+        tl.store(ring + (capacity + record) * S.features + at, da, mask=live)
+    return tl.dot(da, _weight(row, dtype, S), input_precision=S.precision), dw
