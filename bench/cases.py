@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,7 +16,8 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 class Case:
     """One problem: T iterations of a block of one op on `rows` rows.
 
-    features, hidden: D and H (H = D for linear). sets: L. source: where the shape comes from.
+    features, hidden: D and H (H = D for linear). sets: L. source: where the shape comes from. graph: on a GPU, time the replay
+    of a CUDA graph of the forward pass: the kernels without the cost of launching them.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Case:
     dt: float | None = 0.5
     sets: int = 1
     order: str = "consecutive"
+    graph: bool = False
 
     @property
     def params(self) -> dict[str, Any]:
@@ -98,10 +100,32 @@ QUICK = (
 FLOOR = _square_rows(8, ("forward",), ((64, 64), (128, 128), (128, 512), (256, 256), (256, 1024), (512, 512)))
 TRAINING = _square_rows(16, ("training",), ((64, 64), (128, 128), (128, 512), (256, 256), (256, 1024)))
 
+
+def _headline(d: int, iterations: int, activation: str = "relu", mode: str = "forward") -> Case:
+    name = "-".join(["gpu", f"{d}x{d}", f"t{iterations}", activation, *([mode] if mode != "forward" else [])])
+    source = "design section 10: the GPU's targets"
+    return Case(name, "mlp", 262144, d, d, iterations, source, "bfloat16", (mode,), activation, "rmsnorm")
+
+
+# What matters most comes first: a run may end before its last case.
+HEADLINE = (
+    *(_headline(d, 4) for d in (128, 64, 256)),
+    *(_headline(d, 4, mode="training") for d in (128, 64, 256)),
+    replace(_headline(128, 16), name="gpu-small", rows=1024),
+    replace(_headline(128, 16), name="gpu-small-graph", rows=1024, graph=True),
+    *(_headline(d, 4, "gelu") for d in (128, 64, 256)),
+    *(_headline(d, 16) for d in (128, 64, 256)),
+    *(_headline(d, 16, mode="training") for d in (128, 64, 256)),
+    *(_headline(d, 16, "gelu") for d in (128, 64, 256)),
+)
+
+ON_A_GPU = ("eager", "torch_compile", "torch_compile_max", "blas", "triton", "auto")
+
 SUITES: dict[str, Suite] = {
     "quick": Suite("every kind of case, in 2 minutes on 2 cores", QUICK, ("eager", "torch_compile", "reference", "blas")),
     "floor": Suite("forward on a CPU: the speed that blas must keep", FLOOR),
     "training": Suite("a training step on a CPU: time and peak memory at T = 16", TRAINING, ("eager", "blas"), memory=True),
+    "headline": Suite("a GPU's table: shared blocks in bfloat16", HEADLINE, ON_A_GPU),
 }
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,9 @@ import torch
 # A sample lasts at least this long: shorter calls are repeated within it.
 SAMPLE_MS = 2.0
 MAX_REPEATS = 500
+
+# Larger than any GPU's L2 cache: writing as much evicts what the last call left there.
+FLUSH_BYTES = 256 << 20
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -65,20 +69,23 @@ def compare(
     baseline: str | None = None,
     warmup: int = 2,
     device: str = "cpu",
+    flush: bool = False,
     on_round: Callable[[int], object] | None = None,
 ) -> dict[str, Summary]:
     """Times the callables in turns: every round runs each of them once, in an order that rotates from round to round.
 
     rounds: samples of each. baseline: the callable that `speedup` refers to; None: no speedups. warmup: untimed calls of each
-    beforehand. device: "cpu" uses the wall clock, "cuda" events of the current stream. on_round: called with the number of
-    rounds done. Raises CallableError when a callable raises, ValueError for fewer than 1 round or an unknown baseline.
+    beforehand. device: "cpu" uses the wall clock, "cuda" events of the current stream. flush: empty a GPU's L2 cache before
+    every call, so that inputs come from memory; the next launches queue up meanwhile, which hides some of their cost.
+    on_round: called with the number of rounds done.
+    Raises CallableError when a callable raises, ValueError for fewer than 1 round or an unknown baseline.
     """
     if rounds < 1:
         raise ValueError(f"rounds: expected 1 or more, got {rounds}")
     if baseline is not None and baseline not in callables:
         raise ValueError(f"baseline: expected one of {', '.join(callables)}, got {baseline!r}")
     steps = {name: f if isinstance(f, Prepared) else _plain(f) for name, f in callables.items()}
-    clock = _cuda_ms if device.startswith("cuda") else _wall_ms
+    clock = partial(_cuda_ms, flush=_flusher(device, flush)) if device.startswith("cuda") else _wall_ms
     repeats = {}
     for name, step in steps.items():
         with _named(name):
@@ -128,10 +135,15 @@ def _wall_ms(step: Prepared, repeats: int) -> float:
     return total / repeats * 1e3
 
 
-def _cuda_ms(step: Prepared, repeats: int) -> float:
+def _flusher(device: str, wanted: bool) -> Callable[[], object]:
+    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device).zero_ if wanted else lambda: None
+
+
+def _cuda_ms(step: Prepared, repeats: int, flush: Callable[[], object]) -> float:
     pairs = []
     for _ in range(repeats):
         state = step.prepare()
+        flush()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         step.run(state)
@@ -139,6 +151,41 @@ def _cuda_ms(step: Prepared, repeats: int) -> float:
         pairs.append((start, end))
     torch.cuda.synchronize()
     return sum(start.elapsed_time(end) for start, end in pairs) / repeats
+
+
+def graphed(step: Prepared) -> Prepared:
+    """The step as the replay of a CUDA graph, captured here from what the step was prepared with."""
+    state = step.prepare()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step.run(state)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step.run(state)
+    return _plain(graph.replay)
+
+
+class Rates(NamedTuple):
+    """What a GPU reaches in the run: products of bfloat16 in TFLOP/s, copies in GB/s (read and written bytes)."""
+
+    tflops: float
+    gb_per_s: float
+
+    def bound_ms(self, flops: int, traffic: int) -> float:
+        """The time that these operations and these bytes take at least."""
+        return max(flops / self.tflops * 1e-9, traffic / self.gb_per_s * 1e-6)
+
+
+def rates(device: str, size: int = 8192, rounds: int = 10) -> Rates:
+    """Rates of a product of two (size, size) matrices and of a copy of 8 matrices, on this device."""
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    source = torch.zeros(8, size, size, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(source)
+    times = compare({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, rounds, device=device)
+    moved = 2 * source.nbytes
+    return Rates(2 * size**3 / times["product"].median_ms * 1e-9, moved / times["copy"].median_ms * 1e-6)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 
@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from score_kernels import ops
 from score_kernels.activations import ACTIVATIONS
 
 from .cases import Case
-from .inputs import Forward, ours
+from .inputs import Forward, make, ours
 
 NEGATIVE_SLOPE = 0.01
 EPS = 1e-5
@@ -24,7 +25,10 @@ Block = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Provider:
-    """kind: "ours" or "peer". requires: modules that have to be installed, by `install`. compiles: its first call compiles."""
+    """kind: "ours" or "peer". requires: modules that have to be installed, by `install`. compiles: its first call compiles.
+
+    kernel: it is a backend of that name, which runs on some devices and some cases only.
+    """
 
     name: str
     kind: str
@@ -33,11 +37,24 @@ class Provider:
     requires: tuple[str, ...] = ()
     install: str = ""
     compiles: bool = False
+    kernel: bool = False
 
-    def absent(self) -> str | None:
-        """Why it cannot be measured here, or None."""
-        missing = [module for module in self.requires if find_spec(module) is None]
-        return f"{', '.join(missing)} not installed: {self.install}" if missing else None
+    def absent(self, device: str) -> str | None:
+        """Why it cannot be measured on this device, or None."""
+        if missing := [module for module in self.requires if find_spec(module) is None]:
+            return f"{', '.join(missing)} not installed: {self.install}"
+        return ops.machine_of(torch.device(device)).triton if self.kernel else None
+
+    def refuses(self, case: Case, dtype: torch.dtype, device: str) -> str | None:
+        """Why it does not take this case, as its planner says of no rows of it; or None."""
+        if not self.kernel:
+            return None
+        given = make(replace(case, rows=0), "forward", dtype, device)
+        try:
+            self.build(case)(given.h, given.parameters)
+        except ValueError as error:
+            return str(error)
+        return None
 
 
 def _heun(k: Block, y: Tensor, dt: float) -> Tensor:
@@ -121,15 +138,25 @@ def _without_onednn(case: Case) -> Forward:
     return forward
 
 
+def _compiled(case: Case) -> Forward:
+    return torch.compile(eager(case))
+
+
+def _compiled_max(case: Case) -> Forward:
+    """Without its own CUDA graphs, whose inputs are copied: the harness replays one where a case says so, for everyone."""
+    return torch.compile(eager(case), mode="max-autotune-no-cudagraphs")
+
+
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
         Provider("eager", "peer", "the plain PyTorch loop", eager),
-        Provider(
-            "torch_compile", "peer", "torch.compile of the same loop", lambda case: torch.compile(eager(case)), compiles=True
-        ),
+        Provider("torch_compile", "peer", "torch.compile of the same loop", _compiled, compiles=True),
+        Provider("torch_compile_max", "peer", "the same with max-autotune", _compiled_max, compiles=True),
         Provider("reference", "ours", "the oracle: the formulas as they read", partial(ours, backend="reference")),
         Provider("blas", "ours", "the kernels' algorithm in PyTorch calls", partial(ours, backend="blas")),
+        Provider("triton", "ours", "the Triton kernels: one launch for all T", partial(ours, backend="triton"), kernel=True),
+        Provider("auto", "ours", "what a call without backend= runs on", partial(ours, backend="auto")),
         Provider("blas_no_onednn", "ours", "the same with torch's BLAS in oneDNN's place", _without_onednn),
     )
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from score_kernels import ops
 from . import inputs, memory
 from .cases import Case
 from .flops import flops, traffic
-from .measure import CallableError, Prepared, Summary, compare
+from .measure import CallableError, Prepared, Rates, Summary, compare, graphed
 from .providers import PROVIDERS, Provider
 
 BASELINE = "eager"
@@ -31,6 +31,9 @@ Tell = Callable[[str, float], object]
 
 # What setting up and checking one provider costs, in the operations that the same time would have computed.
 SETUP_FLOPS = 2e11
+
+# From so many bytes of inputs and outputs on, a GPU's L2 cache is emptied before every call.
+FLUSH_FROM_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Settings:
-    """rounds: samples of each provider. memory: measure peak memory in child processes. device: "cpu" or "cuda"."""
+    """rounds: samples of each provider. memory: measure peak memory in child processes. device: "cpu" or "cuda".
+
+    rates: what `roofline` refers to; None: it stays empty.
+    """
 
     rounds: int = 20
     memory: bool = False
     device: str = "cpu"
+    rates: Rates | None = None
 
 
 def problems(cases: Sequence[Case], modes: Sequence[str], dtypes: Sequence[str]) -> list[Problem]:
@@ -67,6 +74,7 @@ def problems(cases: Sequence[Case], modes: Sequence[str], dtypes: Sequence[str])
 
 def measure(problem: Problem, providers: Sequence[Provider], settings: Settings, tell: Tell) -> list[Row]:
     """One row for each provider. Nothing that a provider raises ends the run: it becomes the `error` of its row."""
+    on_gpu = settings.device.startswith("cuda")
     share = 1 / (1 + len(providers) * (2 if settings.memory else 1) + settings.rounds)
     rows = {provider.name: _blank(problem, provider) for provider in providers}
     dtype = getattr(torch, problem.dtype)
@@ -84,10 +92,11 @@ def measure(problem: Problem, providers: Sequence[Provider], settings: Settings,
     steps: dict[str, Prepared] = {}
     for provider in providers:
         row = rows[provider.name]
-        if reason := provider.absent():
-            _stop(row, "absent", reason)
-            continue
         with _failures(row):
+            device = settings.device
+            if reason := provider.absent(device) or provider.refuses(problem.case, dtype, device):
+                _stop(row, "absent", reason)
+                continue
             tell(f"{problem}: checking {provider.name}", 0)
             step = inputs.step(provider.build(problem.case), given, problem.mode)
             _check(row, provider, step, expected, inputs.tolerance(dtype, problem.mode))
@@ -98,8 +107,10 @@ def measure(problem: Problem, providers: Sequence[Provider], settings: Settings,
                 tell(f"{problem}: peak memory of {provider.name}", 0)
                 row["peak_memory_mb"] = memory.peak_in_child("bench.run:memory_step", problem, provider.name, settings.device)
                 tell(str(problem), share)
-            steps[provider.name] = step
+            steps[provider.name] = graphed(step) if problem.case.graph and on_gpu else step
     del expected
+    # What fits in the cache with room to spare is warm in use too, and there the launches are what counts.
+    flush = traffic(problem.case, problem.mode, dtype.itemsize) >= FLUSH_FROM_BYTES
 
     def on_round(done: int) -> None:
         tell(f"{problem}: timing, round {done} of {settings.rounds}", share)
@@ -107,18 +118,20 @@ def measure(problem: Problem, providers: Sequence[Provider], settings: Settings,
     while steps:
         try:
             baseline = BASELINE if BASELINE in steps else None
-            times = compare(steps, settings.rounds, baseline=baseline, device=settings.device, on_round=on_round)
+            times = compare(
+                steps, settings.rounds, baseline=baseline, device=settings.device, flush=flush, on_round=on_round
+            )  # fmt: skip
         except CallableError as error:
             del steps[error.name]
             _stop(rows[error.name], "failed", f"raised while it was timed: {_text(error.__cause__)}")
         else:
             for name, summary in times.items():
-                _fill(rows[name], summary)
+                _fill(rows[name], summary, settings.rates)
             break
     return list(rows.values())
 
 
-def run(targets: Sequence[Problem], providers: Sequence[Provider], settings: Settings, tell: Tell) -> Iterator[list[Row]]:
+def run(targets: Iterable[Problem], providers: Sequence[Provider], settings: Settings, tell: Tell) -> Iterator[list[Row]]:
     """Measures one problem after the other and yields its rows as soon as they are there."""
     for problem in targets:
         yield measure(problem, providers, settings, tell)
@@ -179,13 +192,16 @@ def _check(row: Row, provider: Provider, step: Prepared, expected: list[Tensor],
         _stop(row, "wrong", f"{what}, expected at most {tolerance:.2e} against float64")
 
 
-def _fill(row: Row, summary: Summary) -> None:
+def _fill(row: Row, summary: Summary, rates: Rates | None) -> None:
+    # The rate of products was measured in 16 bits.
+    bound_ms = rates.bound_ms(row["flops"], row["bytes"]) if rates and row["dtype"] in ("bfloat16", "float16") else None
     row.update(
         ms_median=summary.median_ms,
         ms_p20=summary.p20_ms,
         ms_p80=summary.p80_ms,
         samples=summary.samples_ms,
         tflops=row["flops"] / summary.median_ms * 1e-9,
+        roofline=None if bound_ms is None else bound_ms / summary.median_ms,
         speedup_vs_eager=None if summary.speedup is None else summary.speedup._asdict(),
     )
 

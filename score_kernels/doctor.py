@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from . import __version__
-from .planner import BACKENDS, MISSING
+from .planner import BACKENDS, MISSING, VERIFIED
 
 Facts = dict[str, Any]
 
@@ -48,6 +48,7 @@ def examine() -> Facts:
     problems: list[Facts] = []
     torch, torch_facts = _torch(problems)
     cuda, triton = _cuda(torch), _triton()
+    backends = _backends(torch, cuda, triton, problems)
     smoke = [] if torch is None or problems else _smoke(cuda, problems)
     report = {
         "score_kernels": {"version": __version__, "location": str(Path(__file__).parent)},
@@ -58,12 +59,12 @@ def examine() -> Facts:
         "triton": triton,
         "nvcc": _tool("nvcc", os.environ.get("CUDA_HOME", "")),
         "cxx": _tool(os.environ.get("CXX") or "c++"),
-        "backends": _backends(torch),
+        "backends": backends,
         "switches": {name: value for name, value in sorted(os.environ.items()) if name.startswith("SCORE_KERNELS_")},
         "threads": {"torch": torch_facts.pop("threads"), "cpus": os.cpu_count()},
         "smoke": smoke,
         "problems": problems,
-        "notes": _notes(torch_facts, cuda, triton),
+        "notes": [*_notes(torch_facts, cuda, triton), *_unverified(cuda, backends)],
         "works": not problems,
     }
     return {**report, "verdict": _verdict(report)}
@@ -172,10 +173,25 @@ def _output(*command: str) -> Sequence[str]:
     return done.stdout.splitlines()
 
 
-def _backends(torch: ModuleType | None) -> dict[str, str | None]:
+def _backends(torch: ModuleType | None, cuda: Facts, triton: Facts, problems: list[Facts]) -> dict[str, str | None]:
     """Every backend of the design; None: available, else the reason why it is not."""
-    reason = None if torch is not None else "torch cannot be imported"
-    return {**dict.fromkeys(BACKENDS, reason), **MISSING}
+    if torch is None:
+        return {**dict.fromkeys(BACKENDS, "torch cannot be imported"), **MISSING}
+    return {**dict.fromkeys(BACKENDS), "triton": _no_triton(torch, cuda, triton, problems), **MISSING}
+
+
+def _no_triton(torch: ModuleType, cuda: Facts, triton: Facts, problems: list[Facts]) -> str | None:
+    """Why the Triton kernels cannot run here, or None."""
+    if triton["error"] not in (None, ABSENT):
+        return f"Triton {triton['error']}"
+    if problems:
+        return "torch has to be mended first"
+    try:
+        from .ops import machine_of
+
+        return machine_of(torch.device("cuda" if cuda["available"] else "cpu")).triton
+    except Exception as error:
+        return _describe(error)
 
 
 def _smoke(cuda: Facts, problems: list[Facts]) -> list[Facts]:
@@ -234,6 +250,15 @@ def _notes(torch: Facts, cuda: Facts, triton: Facts) -> list[Facts]:
         )
         notes.append({"what": f"there is an NVIDIA driver ({cuda['driver']}), but torch cannot use a GPU: {why}", "fix": fix})
     return notes
+
+
+def _unverified(cuda: Facts, backends: dict[str, str | None]) -> list[Facts]:
+    """The GPUs here on which the Triton kernels run, and `auto` does not choose them."""
+    capabilities = [device["capability"] for device in cuda["devices"] if backends["triton"] is None]
+    why = "auto does not choose the Triton kernels: no hardware results are committed for compute capability"
+    fix = "backend='triton' chooses them; `make gpu-check OUT=dir` in a source checkout makes such results"
+    unknown = (c for c in dict.fromkeys(capabilities) if int(c.replace(".", "")) not in VERIFIED)
+    return [{"what": f"{why} {capability}", "fix": fix} for capability in unknown]
 
 
 def _verdict(report: Facts) -> str:

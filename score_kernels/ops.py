@@ -70,13 +70,19 @@ def plan_of(problem: Problem) -> Plan:
 
 def machine_of(device: torch.device) -> Machine:
     """What the planner has to know of a device; a CPU runs the Triton kernels where `TRITON_INTERPRET=1` interprets them."""
-    reason = None if find_spec("triton") else "triton is not installed: pip install 'triton>=3.6'"
+    reason = None if _has_triton() else "triton is not installed: pip install 'triton>=3.6'"
     if device.type == "cpu":
         return INTERPRETER if interpreted() and reason is None else Machine(triton=reason or "it needs a GPU")
     if device.type != "cuda":
         return Machine(device.type, triton=f"it runs on CUDA and ROCm devices, not on {device.type}")
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" or torch.backends.cuda.matmul.allow_tf32
+    # The newer of two interfaces: it knows what was set by the older one, which fails to read what was set by this one.
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return replace(_gpu(device.index if device.index is not None else torch.cuda.current_device()), tf32=tf32, triton=reason)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 @functools.cache
@@ -84,7 +90,9 @@ def _gpu(index: int) -> Machine:
     properties = torch.cuda.get_device_properties(index)
     arch = properties.major * 10 + properties.minor
     shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    return Machine("cuda", arch, properties.multi_processor_count, shared, verified=planner.VERIFIED)
+    kind = "hip" if torch.version.hip else "cuda"
+    verified = planner.VERIFIED if kind == "cuda" else frozenset[int]()
+    return Machine(kind, arch, properties.multi_processor_count, shared, verified=verified)
 
 
 def _planned(problem: Problem) -> Plan:

@@ -17,16 +17,14 @@ CPU_TILE_BYTES = 8 << 20
 CPU_ROWS = (256, 8192)
 GPU_ROWS = (1024, 1 << 20)
 
-# Share of the scratch budget that the Triton kernels may use for states; the ring of operands has the rest.
-STATES_SHARE = 0.5
-
 
 @dataclass(frozen=True)
 class Machine:
     """What a call runs on.
 
-    device: torch's device type. arch: compute capability, 90 for 9.0. multiprocessors, shared_memory: of the device, the
-    latter in bytes for one program. tf32: torch may use it for float32 products. triton: why it cannot run here, or None.
+    device: "cpu", "cuda" or "hip", else torch's device type. arch: compute capability, 90 for 9.0. multiprocessors,
+    shared_memory: of the device, the latter in bytes for one program. tf32: torch may use it for float32 products.
+    triton: why it cannot run here, or None.
     verified: the architectures on which the kernels have been compared with float64 on hardware.
     """
 
@@ -80,7 +78,7 @@ class Plan:
             lines.append(("forward", f"tiles of {self.rows} rows, {self.iterations} iterations each"))
         if self.backward_tile is not None:
             tiles = f"tiles of {_describe(self.backward_tile)}, {self.programs} programs"
-            lines += [("backward", f"{self.chunk_rows} rows a launch, {tiles}, trajectory recomputed {walk}"), scratch]
+            lines += [("backward", f"{self.chunk_rows} rows a launch, {tiles}"), scratch]
         elif self.backward == "blas":
             lines += [("backward", f"tiles of {self.backward_rows} rows, trajectory recomputed {walk}"), scratch]
         lines += [(f"not {name}", reason) for name, reason in self.skipped]
@@ -154,10 +152,13 @@ def _config(kind: str, features: int, dtype: str, machine: Machine, state_tiles:
         return None, "full float32 is computed by blas; torch.backends.cuda.matmul.allow_tf32 = True admits tf32"
     if machine == INTERPRETER:
         return Config(INTERPRETED, INTERPRETED), None
-    widths = CONFIGS.get(family(machine.arch), {}).get((kind, state_tiles), {})
-    config = widths.get(max(_power_of_two(2 * features - 1), 16))
+    # On ROCm, where no budget has been checked, the smallest tiles.
+    widths = CONFIGS.get(family(machine.arch) if machine.device == "cuda" else 80, {}).get((kind, state_tiles), {})
+    # The tiles are for 16-bit operands: those of 32 bits take the registers and the shared memory of twice the width.
+    operands = 2 if dtype == "float32" else 1
+    config = widths.get(max(_power_of_two(2 * features - 1), 16) * operands)
     if config is None or config.forward is None:
-        most = max((width for width, entry in widths.items() if entry.forward is not None), default=0)
+        most = max((width for width, entry in widths.items() if entry.forward is not None), default=0) // operands
         return None, f"D = {features} does not fit in registers with this block and solver ({most} at most)"
     if config.forward.shared > machine.shared_memory:
         return None, f"it needs {config.forward.shared} bytes of shared memory, this device has {machine.shared_memory}"
@@ -166,23 +167,18 @@ def _config(kind: str, features: int, dtype: str, machine: Machine, state_tiles:
 
 def _backward(base: Plan, tile: Tile, features: int, ring_row: int, stages: int, machine: Machine, scratch_budget: int) -> Plan:
     """Programs, rows of a launch and checkpoints within the scratch budget; blas where not even one tile fits."""
-    iterations = base.iterations
-    root = math.isqrt(max(iterations - 1, 0)) + 1
-    interval = 1 if iterations <= 2 * root else root
     # Beside the states: the inputs of a solver's stages, and dL/dx0.
-    slots = scratch_tiles(iterations, interval) + (stages if stages > 1 else 0) + 1
+    slots = (stages if stages > 1 else 0) + 1
     slot = tile.rows * max(_power_of_two(2 * features - 1), 16) * 4
-    fit = int(scratch_budget * STATES_SHARE) // (slots * slot)
-    programs = min(machine.multiprocessors * max(machine.shared_memory // max(tile.shared, 1), 1), fit)
-    left = scratch_budget - programs * slots * slot
-    chunk = left // max(ring_row, 1) // tile.rows * tile.rows
-    if tile.shared > machine.shared_memory or programs < 1 or chunk < tile.rows:
+    programs = machine.multiprocessors * max(machine.shared_memory // max(tile.shared, 1), 1)
+    row = ring_row + (base.iterations + 1) * features * 4
+    chunk = (scratch_budget - programs * slots * slot) // row // tile.rows * tile.rows
+    if tile.shared > machine.shared_memory or chunk < tile.rows:
         reason = f"backward needs more shared memory or scratch than there is ({tile.shared} bytes, {scratch_budget} bytes)"
         return replace(base, backward="blas", skipped=(*base.skipped, ("triton in backward", reason)))
-    chunk = min(chunk, max(1, (1 << 20) // tile.rows) * tile.rows)
     return replace(
-        base, backward="triton", backward_tile=tile, programs=programs, chunk_rows=chunk, interval=interval,
-        scratch_bytes=programs * slots * slot + chunk * ring_row,
+        base, backward="triton", backward_tile=tile, programs=programs, chunk_rows=chunk,
+        scratch_bytes=programs * slots * slot + chunk * row,
     )  # fmt: skip
 
 

@@ -11,8 +11,6 @@ update or the solver. The table is affine in dt, so its gradient reaches a learn
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -77,10 +75,15 @@ def _constant(rows: tuple[Stage, ...], dtype: torch.dtype, device: torch.device)
     # On a GPU a constant is copied once and kept, so that a call under CUDA-graph capture copies nothing.
     if device.type == "cpu" or torch.compiler.is_compiling():
         return torch.tensor(rows, dtype=dtype, device=device)
-    return _device_constant(rows, dtype, device)
+    key = (rows, dtype, device)
+    if key not in _CONSTANTS:
+        with torch.inference_mode(False):
+            constant = torch.tensor(rows, dtype=dtype, device=device)
+        # A mode that fakes tensors is on: what it makes is of no use outside it.
+        if type(constant) is not Tensor:
+            return constant
+        _CONSTANTS[key] = constant
+    return _CONSTANTS[key]
 
 
-@functools.cache
-def _device_constant(rows: tuple[Stage, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(rows, dtype=dtype, device=device)
+_CONSTANTS: dict[tuple[tuple[Stage, ...], torch.dtype, torch.device], Tensor] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import combinations, product
 from typing import Any
@@ -71,6 +71,7 @@ def build(
     dtype: torch.dtype = F64,
     seed: int = 0,
     gain: float = 0.7,
+    device: str = "cpu",
     **choices: Any,
 ) -> Case:
     """A random problem; `choices` are values of OPTIONS. gain: of the weights; a product keeps the size of its input at 1."""
@@ -83,7 +84,7 @@ def build(
     def leaf(name: str, *shape: int, scale: float = 1.0, shift: float = 0.0, dtype: torch.dtype = dtype) -> Tensor:
         # Drawn in float64, so that a problem is the same in every dtype but for the rounding.
         drawn = torch.randn(shape, generator=generator, dtype=F64) * scale + shift
-        leaves[name] = drawn.to(dtype)
+        leaves[name] = drawn.to(device, dtype)
         return leaves[name]
 
     def state(name: str) -> Tensor:
@@ -151,7 +152,7 @@ def call(case: Case, backend: str) -> Tensor:
 
 def cotangent(like: Tensor, seed: int = 1) -> Tensor:
     drawn = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-    return drawn.to(like.dtype)
+    return drawn.to(like.device, like.dtype)
 
 
 def gradients(case: Case, backend: str, wanted: Sequence[str] | None = None) -> dict[str, Tensor]:
@@ -188,6 +189,33 @@ def substitute(case: Case, tensors: Sequence[Tensor], names: Sequence[str]) -> C
     return Case(case.op, {name: swap(value) for name, value in case.arguments.items()}, {})
 
 
+def laid_out(case: Case, layout: Callable[[Tensor], Tensor]) -> Case:
+    """The same values, every tensor in another layout."""
+    names = list(case.leaves)
+    moved = [layout(case.leaves[name].detach()).requires_grad_() for name in names]
+    for name, x in zip(names, moved, strict=True):
+        assert torch.equal(x, case.leaves[name])
+    new = substitute(case, moved, names)
+    new.leaves = dict(zip(names, moved, strict=True))
+    return new
+
+
+# The same values in another layout.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.mT.contiguous().mT if x.dim() > 1 else x.clone(),
+    "every second element": lambda x: torch.zeros(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype, device=x.device)[
+        ..., ::2
+    ].copy_(x),
+    "every second row": lambda x: (
+        torch.zeros(2 * x.shape[0], *x.shape[1:], dtype=x.dtype, device=x.device)[::2].copy_(x) if x.dim() else x.clone()
+    ),
+    "part of a wider row": lambda x: torch.zeros(*x.shape[:-1], x.shape[-1] + 3, dtype=x.dtype, device=x.device)[
+        ..., 2:-1
+    ].copy_(x),
+    "permuted batch": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0) if x.dim() else x.clone(),
+}
+
+
 def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-12) -> None:
     """Each tensor within `tolerance` of the expected one, relative to its norm, or to 1 where little is left of it."""
     assert found.keys() == expected.keys()
@@ -206,7 +234,7 @@ def assert_same_bits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 
 @contextmanager
 def planned(**fields: int) -> Iterator[None]:
-    """Inside, every plan has these fields (rows, backward_rows, interval): small tiles, a chosen checkpoint interval."""
+    """Inside, every plan has these fields: small tiles, a chosen checkpoint interval, rows of a launch and programs."""
     original = ops.plan_of
     with mock.patch.object(ops, "plan_of", lambda problem: dataclasses.replace(original(problem), **fields)):
         yield

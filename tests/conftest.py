@@ -1,12 +1,31 @@
-"""What all tests share: one thread for each test process, and hypothesis examples that are the same on every run."""
+"""What all tests share: one thread for each test process, the same hypothesis examples on every run, where a GPU is needed."""
+
+import os
 
 import hypothesis
 import pytest
 import torch
 
-pytest.register_assert_rewrite("cases", "row_wise")
+pytest.register_assert_rewrite("cases", "row_wise", "kernels")
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    # Triton's kernels run on the CPU then; it reads this when it is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, print_blob=True)
 hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if not GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False"))
+
+
+@pytest.fixture
+def plain_machine(monkeypatch):
+    """As a user's machine with no GPU: nothing interprets the Triton kernels."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -136,4 +136,4 @@ def only(value: Tensor | list[Tensor] | None) -> Tensor | None:
 
 def at(value: float | Tensor, t: int) -> float | Tensor:
     """Entry t of a number for each iteration, or the number for all of them."""
-    return value if isinstance(value, float) or value.numel() == 1 else value[t]
+    return value if isinstance(value, float) or value.dim() == 0 else value[t]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +20,7 @@ from bench import inputs, memory
 from bench.__main__ import main
 from bench.cases import MODES, SUITES, Case, select
 from bench.flops import flops, traffic
-from bench.measure import CallableError, Prepared, compare, paired_ratio
+from bench.measure import CallableError, Prepared, Rates, Summary, _cuda_ms, compare, paired_ratio, rates
 from bench.providers import PROVIDERS, Provider, eager
 from bench.run import Problem, Settings, measure, problems, run
 
@@ -29,7 +32,7 @@ SETTINGS = Settings(rounds=3)
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _one_thread(plain_machine):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -152,6 +155,122 @@ def test_absent_peer_says_how_to_install_it():
     row = rows_of(absent, PROVIDERS["eager"])["elsewhere"]
     assert (row["status"], row["error"]) == ("absent", "no_such_module not installed: pip install it")
     assert all(row[key] is None for key in TIMES)
+
+
+def test_kernel_is_absent_on_a_cpu_unless_it_is_interpreted(monkeypatch):
+    kernels = (PROVIDERS["eager"], PROVIDERS["triton"], PROVIDERS["auto"])
+    rows = rows_of(*kernels)
+    assert (rows["triton"]["status"], rows["triton"]["error"]) == ("absent", "it needs a GPU")
+    assert all(rows["triton"][key] is None for key in TIMES)
+    assert rows["auto"]["plan"]["backend"] == "blas"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    rows = rows_of(*kernels, case=replace(TINY, iterations=1), mode="training")
+    assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(("eager", "triton", "auto"), "ok")
+    assert (rows["triton"]["plan"]["backend"], rows["triton"]["plan"]["backward"]) == ("triton", "triton")
+
+
+def test_case_that_the_planner_refuses_is_absent_with_its_reason(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    rows = rows_of(PROVIDERS["triton"], PROVIDERS["blas"], dtype="float64")
+    assert rows["blas"]["status"] == "ok"
+    assert rows["triton"]["status"] == "absent"
+    assert rows["triton"]["error"] == "backend='triton' cannot run this call: float64 is computed by blas"
+
+
+def test_roofline_is_the_share_of_the_bound_of_measured_rates():
+    # 4 TFLOP at 100 TFLOP/s take 40 ms; 1 GB at 100 GB/s takes 10 ms.
+    assert Rates(100, 100).bound_ms(4 * 10**12, 10**9) == pytest.approx(40)
+    assert Rates(100, 10).bound_ms(4 * 10**12, 10**9) == pytest.approx(100)
+    settings = replace(SETTINGS, rates=Rates(2, 5))
+    (row,) = measure(Problem(TINY, "forward", "bfloat16"), [PROVIDERS["eager"]], settings, quiet)
+    bound_ms = max(row["flops"] / 2e12, row["bytes"] / 5e9) * 1e3
+    assert row["roofline"] == pytest.approx(bound_ms / row["ms_median"])
+    (row,) = measure(Problem(TINY, "forward", "float32"), [PROVIDERS["eager"]], settings, quiet)
+    assert row["roofline"] is None
+
+
+def test_rates_are_of_a_product_and_of_a_copy(monkeypatch):
+    size, results = 64, {}
+
+    def two_milliseconds(callables, rounds, *, device):
+        results.update({name: run() for name, run in callables.items()})
+        return dict.fromkeys(callables, Summary([2.0], 2.0, 2.0, 2.0))
+
+    monkeypatch.setattr("bench.measure.compare", two_milliseconds)
+    found = rates("cpu", size)
+    assert results["product"].shape == (size, size)
+    assert {x.dtype for x in results.values()} == {torch.bfloat16}
+    # 2 operations per multiply-add; every byte of the copy is read and written.
+    assert found.tflops == pytest.approx(2 * size**3 / 2e-3 / 1e12)
+    assert found.gb_per_s == pytest.approx(2 * 2 * results["copy"].numel() / 2e-3 / 1e9)
+
+
+def test_cache_is_flushed_for_what_does_not_stay_in_it(monkeypatch):
+    flushes = []
+
+    def recording(steps, rounds, *, flush, **options):
+        flushes.append(flush)
+        return compare(steps, rounds, **options)
+
+    monkeypatch.setattr("bench.run.compare", recording)
+    for rows in (48, 100_000):
+        measure(Problem(replace(TINY, rows=rows, iterations=1), "forward", "float32"), [PROVIDERS["eager"]], SETTINGS, quiet)
+    assert flushes == [False, True]
+
+
+def test_headline_cases_are_right_in_bfloat16():
+    """On few rows, by what a CPU has: that every case of a GPU's table is within the tolerance it is held to."""
+    for case in SUITES["headline"].cases:
+        (mode,) = case.modes
+        rows = rows_of(PROVIDERS["eager"], PROVIDERS["blas"], case=replace(case, rows=64), mode=mode, dtype=case.dtype)
+        assert {name: row["status"] for name, row in rows.items()} == {"eager": "ok", "blas": "ok"}, case.name
+
+
+def test_resumed_run_keeps_what_is_there_and_measures_the_rest(tmp_path, capsys):
+    path = tmp_path / "result.json"
+    arguments = ["run", "--suite", "quick", "--case", "mlp-launch*", "--case", "linear*", "--rounds", "1", "--device", "cpu"]
+    arguments += ["--provider", "eager", "--json", str(path), "--resume"]
+    assert main([*arguments, "--minutes", "0"]) == 0
+    assert not path.exists()
+    assert "not measured, no time left (--resume goes on): linear-leaky forward float32" in capsys.readouterr().err
+    assert main([*arguments[:5], *arguments[7:]]) == 0
+    first = json.loads(path.read_text())["rows"]
+    assert [row["case"] for row in first] == ["mlp-launch-bound"]
+    assert main(arguments) == 0
+    result = json.loads(path.read_text())
+    jsonschema.validate(result, SCHEMA)
+    assert result["rows"][:1] == first
+    assert [row["case"] for row in result["rows"]] == ["mlp-launch-bound", "linear-leaky"]
+    for change, said in (
+        (["--provider", "blas"], "was measured with other providers: eager"),
+        (["--threads", "2"], "is of threads 1, this is 2"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main([*arguments, *change])
+        assert said in capsys.readouterr().err
+
+
+def test_shows_its_results_without_rich(tmp_path):
+    """A machine with a GPU and nothing but torch, triton and pytest."""
+    for name in ("rich", "hypothesis", "jsonschema", "sklearn"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name}', name='{name}')")
+    hidden = (
+        "import sys, importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'rich' else find(name, *a)\n"
+        "from bench.__main__ import main\n"
+        "sys.exit(main(['list']) or main(sys.argv[1:]))"
+    )
+    arguments = ["run", "--case", "mlp-launch-bound", "--provider", "eager", "--rounds", "1", "--device", "cpu"]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", hidden, *arguments], capture_output=True, text=True, check=False, cwd=root,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(root)))},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 done: mlp-launch-bound forward float32" in done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("mlp-launch-bound") and line.endswith("ok") for line in lines)
+    assert all(any(line.startswith(name) for line in lines) for name in PROVIDERS)
 
 
 def test_failed_row_sets_the_exit_status(monkeypatch, capsys):
@@ -286,6 +405,27 @@ def test_compare_interleaves_and_times_only_the_run():
     assert times["b"].speedup.median == pytest.approx(
         torch.tensor([a / b for a, b in zip(times["a"].samples_ms, times["b"].samples_ms, strict=True)]).quantile(0.5).item()
     )
+
+
+def test_gpu_clock_flushes_before_it_starts_and_stops_after_the_run(monkeypatch):
+    """The order of things on the stream, with recorded events in place of a GPU's."""
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            order.append("tick")
+
+        def elapsed_time(self, end):
+            return 3.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+    step = Prepared(lambda: order.append("prepare"), lambda _: order.append("run"))
+    assert _cuda_ms(step, 2, lambda: order.append("flush")) == 3.0
+    assert order == 2 * ["prepare", "flush", "tick", "run", "tick"] + ["wait"]
 
 
 def test_compare_errors():

@@ -15,9 +15,11 @@ import torch
 
 from score_kernels import blas, doctor
 from score_kernels.__main__ import main
-from score_kernels.planner import BACKENDS, MISSING
+from score_kernels.planner import BACKENDS, MISSING, VERIFIED
 
 ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.usefixtures("plain_machine")
 
 # What is wrong with torch -> its __init__.py, what the doctor says of it.
 BROKEN = {
@@ -62,7 +64,7 @@ def test_broken_torch_is_a_problem_with_its_fix_and_exit_status_1(kind: str, tmp
     assert "pip install" in report["problems"][0]["fix"]
     if kind != "too old":
         assert report["torch"]["version"] is None
-        assert report["backends"]["blas"] == "torch cannot be imported"
+        assert report["backends"]["blas"] == report["backends"]["triton"] == "torch cannot be imported"
 
 
 def test_json_of_a_machine_that_works() -> None:
@@ -72,7 +74,8 @@ def test_json_of_a_machine_that_works() -> None:
     assert report["works"]
     assert report["problems"] == []
     assert report["torch"]["version"] == torch.__version__
-    assert report["backends"] == {**dict.fromkeys(BACKENDS), **MISSING}
+    expected = None if torch.cuda.is_available() else "it needs a GPU"
+    assert report["backends"] == {**dict.fromkeys(BACKENDS), "triton": expected, **MISSING}
     for smoke in report["smoke"]:
         assert 0 < smoke["forward_error"] <= smoke["limit"]
         assert 0 < smoke["gradient_error"] <= smoke["limit"]
@@ -122,8 +125,33 @@ def test_broken_triton_is_noted_with_its_fix(error: str, tmp_path: Path) -> None
     (note,) = report["notes"]
     assert note["what"] == f"Triton cannot be imported: {error}: libtriton.so"
     assert "pip uninstall triton" in note["fix"]
+    assert report["backends"]["triton"] == note["what"]
     # torch itself imports Triton where it finds it, and survives an ImportError only.
     assert done.returncode == (0 if error == "ImportError" else 1), done.stdout + done.stderr
+
+
+def test_interpreter_makes_triton_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    report = doctor.examine()
+    assert report["backends"]["triton"] is None
+    assert "triton" in report["verdict"]
+
+
+def test_triton_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from score_kernels import ops
+
+    monkeypatch.setattr(ops, "_has_triton", lambda: False)
+    assert doctor.examine()["backends"]["triton"] == "triton is not installed: pip install 'triton>=3.6'"
+
+
+def test_gpu_without_committed_results_is_noted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    verified = next(iter(VERIFIED), 75)
+    monkeypatch.setattr(doctor, "VERIFIED", frozenset({verified}))
+    devices = [{"capability": c} for c in ("9.0", "9.0", f"{verified / 10}")]
+    (note,) = doctor._unverified({"devices": devices}, {"triton": None})
+    assert note["what"].endswith("for compute capability 9.0")
+    assert "make gpu-check" in note["fix"]
+    assert doctor._unverified({"devices": devices}, {"triton": "not installed"}) == []
 
 
 def test_driver_without_a_torch_that_can_use_it_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:

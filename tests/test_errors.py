@@ -142,12 +142,10 @@ BAD = {
     "order": ({"order": "random"}, ValueError, ("order: expected one of consecutive, cyclic", "got 'random'")),
     "backend": ({"backend": "mkl"}, ValueError, ("backend: expected one of auto, reference, blas", "got 'mkl'")),
     "backend list": ({"backend": ["blas"]}, ValueError, ("backend: expected one of auto, reference, blas", "got ['blas']")),
-    "backend triton": (
-        {"backend": "triton"}, ValueError, ("backend='triton'", "not part of this version", "available: reference, blas"),
-    ),
+    "backend triton": ({"backend": "triton"}, ValueError, ("backend='triton' cannot run this call", "it needs a GPU")),
     "backend cuda": (
         {"backend": "cuda"}, ValueError,
-        ("backend='cuda'", "not part of this version", "available: reference, blas"),
+        ("backend='cuda'", "not part of this version", "available: reference, blas, triton"),
     ),
     # The norm.
     "norm_weight alone": (
@@ -187,6 +185,7 @@ BAD = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("plain_machine")
 @pytest.mark.parametrize("case", BAD)
 def test_bad_argument(case):
     changes, error, parts = BAD[case]
@@ -297,7 +296,8 @@ MODULES = {
     "update": ({"update": "euler"}, ValueError, ("update: expected one of", "got 'euler'")),
     "solver": ({"solver": "rk5"}, ValueError, ("solver: expected one of", "got 'rk5'")),
     "order": ({"order": "random"}, ValueError, ("order: expected one of", "got 'random'")),
-    "backend": ({"backend": "triton"}, ValueError, ("backend='triton'", "not part of this version")),
+    "backend": ({"backend": "mkl"}, ValueError, ("backend: expected one of auto, reference, blas, triton", "got 'mkl'")),
+    "backend cuda": ({"backend": "cuda"}, ValueError, ("backend='cuda'", "not part of this version")),
     "iterations": ({"iterations": -1}, ValueError, ("iterations: expected 0 or more", "got -1")),
     "iterations float": ({"iterations": 2.5}, TypeError, ("iterations: expected an int", "got float")),
     "eps": ({"eps": -1.0}, ValueError, ("eps: expected 0 or more", "got -1.0")),
@@ -331,9 +331,12 @@ def test_bad_argument_of_a_module(case):
         assert part in message, message
 
 
+@pytest.mark.usefixtures("plain_machine")
 def test_bad_input_of_a_module():
     assert "got (8, 8)" in complaint(ValueError, sk.ScoreLinear(D), draw(5, D + 1))
     assert "iterations: expected 0 or more, got -1" in complaint(ValueError, sk.ScoreMLP(D, H), state(), iterations=-1)
+    on_cpu = sk.ScoreLinear(D, backend="triton")
+    assert "backend='triton' cannot run this call: it needs a GPU" in complaint(ValueError, on_cpu, state())
 
 
 def test_an_unknown_name_of_the_package():

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import cases
 import oracle
 import pytest
 import torch
-from cases import F64, assert_close, assert_same_bits, build, call, cotangent, gradients, planned
+from cases import F64, LAYOUTS, assert_close, assert_same_bits, build, call, cotangent, gradients, laid_out, planned
 from row_wise import COEFFICIENTS, EVERYTHING
-from torch import Tensor
 
 from score_kernels import functional as SF
 
@@ -25,17 +21,6 @@ every_backend = pytest.mark.parametrize("backend", ["reference", "blas"])
 
 def everything(op: str, **choices):
     return build(op, **{**EVERYTHING[op], **COEFFICIENTS, **choices})
-
-
-def laid_out(case: cases.Case, layout: Callable[[Tensor], Tensor]) -> cases.Case:
-    """The same values, every tensor in another layout."""
-    names = list(case.leaves)
-    moved = [layout(case.leaves[name].detach()).requires_grad_() for name in names]
-    for name, x in zip(names, moved, strict=True):
-        assert torch.equal(x, case.leaves[name])
-    new = cases.substitute(case, moved, names)
-    new.leaves = dict(zip(names, moved, strict=True))
-    return new
 
 
 @both_ops
@@ -67,17 +52,6 @@ def test_failure_case_05_misaligned_views(op, dtype):
     found = gradients(laid_out(case, one_element_off), "blas")
     # Equal but for the order in which a dot product sums.
     assert_close(found, gradients(case, "blas"), tolerance=4 * torch.finfo(dtype).eps)
-
-
-LAYOUTS = {
-    "transposed": lambda x: x.mT.contiguous().mT if x.dim() > 1 else x.clone(),
-    "every second element": lambda x: torch.zeros(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)[..., ::2].copy_(x),
-    "every second row": lambda x: (
-        torch.zeros(2 * x.shape[0], *x.shape[1:], dtype=x.dtype)[::2].copy_(x) if x.dim() else x.clone()
-    ),
-    "part of a wider row": lambda x: torch.zeros(*x.shape[:-1], x.shape[-1] + 3, dtype=x.dtype)[..., 2:-1].copy_(x),
-    "permuted batch": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0) if x.dim() else x.clone(),
-}
 
 
 @both_ops

@@ -476,7 +476,8 @@ TRY = """
 
 
 def run_python(code, *options, **environment):
-    changed = {**os.environ, "PYTHONWARNINGS": "error", "OMP_NUM_THREADS": "1", **environment}
+    user = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    changed = {**user, "PYTHONWARNINGS": "error", "OMP_NUM_THREADS": "1", **environment}
     finished = subprocess.run(
         [sys.executable, *options, "-c", textwrap.dedent(code)], env=changed, capture_output=True, text=True, timeout=120
     )
@@ -501,9 +502,29 @@ def test_failure_case_29_import_and_training(before, environment):
 
 def test_failure_case_29_the_message_of_a_missing_backend():
     with pytest.raises(
-        ValueError, match="backend='triton': the Triton kernels are not part of this version; available: reference"
+        ValueError, match="backend='cuda': the CUDA kernels are not part of this version; available: reference, blas, triton"
     ):
-        sk.ScoreLinear(D, backend="triton")
+        sk.ScoreLinear(D, backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("before", "reason"),
+    [
+        ("", "it needs a GPU"),
+        ("import sys; sys.modules['triton'] = None", "triton is not installed: pip install 'triton>=3.6'"),
+    ],
+    ids=["no GPU", "no Triton"],
+)
+def test_failure_case_29_the_message_of_triton_where_it_cannot_run(before, reason):
+    code = """
+        import torch, score_kernels
+        try:
+            score_kernels.ScoreLinear(8, backend="triton")(torch.ones(5, 8))
+        except ValueError as error:
+            print(error)
+    """
+    told = run_python(before + textwrap.dedent(code), CUDA_VISIBLE_DEVICES="")
+    assert told == f"backend='triton' cannot run this call: {reason}\n"
 
 
 def test_failure_case_29_a_model_with_score_modules_is_like_any_other():

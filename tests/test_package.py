@@ -18,13 +18,16 @@ import score_kernels as sk
 
 ROOT = Path(__file__).parents[1]
 MODULES = {str(path.relative_to(ROOT)) for path in (ROOT / "score_kernels").rglob("*.py")}
+# In the tree the package reaches them through a link, in the archives they are files like any other.
+KERNELS = {f"score_kernels/triton_kernels/{path.name}" for path in (ROOT / "triton_kernels").glob("*.py")}
+MODULES |= KERNELS
 
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory):
     """The names in the source distribution and in the wheel that is built from it, without their leading folder."""
     folder = tmp_path_factory.mktemp("build")
-    for name in ("score_kernels", "tests", "bench"):
+    for name in ("score_kernels", "triton_kernels", "tests", "bench"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
@@ -37,6 +40,7 @@ def archives(tmp_path_factory):
     )  # fmt: skip
     (source,), (wheel,) = (folder / "dist").glob("*.tar.gz"), (folder / "dist").glob("*.whl")
     with tarfile.open(source) as archive:
+        assert not [member.name for member in archive if member.issym() or member.islnk()]
         files = {member.name.partition("/")[2]: archive.extractfile(member).read() for member in archive if member.isfile()}
     with zipfile.ZipFile(wheel) as archive:
         return files, {name: archive.read(name) for name in archive.namelist()}

@@ -116,7 +116,7 @@ def normalise(y, row, dtype, eps, S: tl.constexpr):
 
 
 @triton.jit
-def normalise_backward(dx, y, row, sums, dtype, eps, live, S: tl.constexpr):
+def normalise_backward(dx, y, row, sums, dtype, eps, S: tl.constexpr):
     """dL/dy from dx = dL/dnorm(y), adding the gradients of gain and bias to the last 2 D floats of `sums`."""
     column = tl.arange(0, S.columns)
     inside = column < S.features
@@ -124,9 +124,9 @@ def normalise_backward(dx, y, row, sums, dtype, eps, live, S: tl.constexpr):
     if S.want_sums:
         at = sums + tl.arange(0, S.columns)
         if S.gain:
-            add(at, tl.sum(tl.where(live, dx * x, 0.0), 0), inside)
+            add(at, tl.sum(dx * x, 0), inside)
         if S.norm_bias:
-            add(at + S.features, tl.sum(tl.where(live, dx, 0.0), 0), inside)
+            add(at + S.features, tl.sum(dx, 0), inside)
     if S.norm == "none":
         return dx
     if S.gain:
@@ -144,12 +144,35 @@ def add(at, value, mask):
 
 
 @triton.jit
-def start(y, x0, live, state_scale, x0_scale, t, S: tl.constexpr):
+def tile_of(rows, S: tl.constexpr):
+    """Which elements of a tile are there, `rows` being left, and two kinds of offsets from its first one.
+
+    The first kind is for gradients and stores, which are masked. The second reads a tile: rows that are not there repeat the
+    last one that is, whatever its values, so that nothing but their gradient, which is 0, keeps them out of sums. Offsets are
+    32 bits wide: what is 64 bits wide is the address of the first element.
+    """
+    row = tl.arange(0, S.tile)[:, None]
+    column = tl.arange(0, S.columns)[None, :]
+    rows = tl.minimum(rows, S.tile).to(tl.int32)
+    return (row < rows) & (column < S.features), row * S.features + column, tl.minimum(row, rows - 1) * S.features + column
+
+
+@triton.jit
+def load_tile(at, S: tl.constexpr):
+    """From the second kind of offsets, as float32; 0 beyond D."""
+    if S.features == S.columns:
+        return tl.load(at).to(tl.float32)
+    else:
+        return tl.load(at, mask=tl.arange(0, S.columns)[None, :] < S.features, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def start(y, x0, state_scale, x0_scale, t, S: tl.constexpr):
     """z = r y + s x0"""
     if S.state_scale:
         y = y * tl.load(state_scale + t)
     if S.x0:
-        injected = tl.load(x0, mask=live, other=0.0).to(tl.float32)
+        injected = load_tile(x0, S)
         y = y + (injected * tl.load(x0_scale + t) if S.x0_scale else injected)
     return y
 
@@ -168,12 +191,12 @@ def stage_update(y, z, total, c, row, dtype, eps, slope, UPDATE: tl.constexpr, S
 
 @triton.jit
 def advance(
-    y, x0, live, coefficients, state_scale, x0_scale, table, t, iterations, sets, dtype, eps, slope,
+    y, x0, coefficients, state_scale, x0_scale, table, t, iterations, sets, dtype, eps, slope,
     UPDATE: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """h_t becomes h_{t+1}."""
     row, _ = table_row(table, t, iterations, sets, S)
-    y = start(y, x0, live, state_scale, x0_scale, t, S)
+    y = start(y, x0, state_scale, x0_scale, t, S)
     z = y
     total = tl.full((S.tile, S.columns), 0.0, tl.float32) if S.uses_sum else 0.0
     for stage in range(S.stages):
@@ -185,144 +208,107 @@ def advance(
 
 
 @triton.jit
-def tile_of(rows, S: tl.constexpr):
-    """Which elements of a tile are there, `rows` being left, and their offsets from its first one.
-
-    The offsets are 32 bits wide and the same for every tile: what is 64 bits wide is the address of the first element.
-    """
-    row = tl.arange(0, S.tile)[:, None]
-    column = tl.arange(0, S.columns)[None, :]
-    return (row < rows) & (column < S.features), row * S.features + column
-
-
-@triton.jit
 def forward_kernel(
-    h, x0, out, states, table, coefficients, state_scale, x0_scale, rows, iterations, sets, eps, slope,
+    h, x0, out, states, table, coefficients, state_scale, x0_scale, rows, iterations, first, sets, eps, slope,
     UPDATE: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """out = h_T for one tile of rows; with `S.trajectory`, states (T+1, rows, D) as well."""
+    """out = h_T for one tile of rows; with `S.trajectory`, states (T+1-first, rows, D) from h_first on as well."""
     first_row = tl.program_id(0).to(tl.int64) * S.tile
-    live, at = tile_of(rows - first_row, S)
-    start_at = first_row * S.features
-    h += start_at
-    x0 += start_at
-    out += start_at
-    states += start_at
+    live, at, there = tile_of(rows - first_row, S)
+    begin = first_row * S.features
     size = tl.full((), S.features, tl.int64) * rows
     dtype = h.dtype.element_ty
-    y = tl.load(h + at, mask=live, other=0.0).to(tl.float32)
+    y = load_tile(h + begin + there, S)
     for t in range(iterations):
         if S.trajectory:
-            tl.store(states + at, y, mask=live)
-            states += size
+            tl.store(states + ((t - first) * size + begin) + at, y, mask=live & (t >= first))
         y = advance(
-            y, x0 + at, live, coefficients, state_scale, x0_scale, table, t, iterations, sets, dtype, eps, slope, UPDATE, S
+            y, x0 + begin + there, coefficients, state_scale, x0_scale, table, t, iterations, sets, dtype, eps, slope, UPDATE, S
         )  # fmt: skip
     if S.trajectory:
-        tl.store(states + at, y, mask=live)
-    tl.store(out + at, y.to(dtype), mask=live)
+        tl.store(states + ((iterations - first) * size + begin) + at, y, mask=live)
+    tl.store(out + begin + at, y.to(dtype), mask=live)
 
 
 @triton.jit
 def backward_kernel(
-    h, x0, states, grad_out, grad_states, grad_h, grad_x0, scratch, ring, sums, scalars,
+    x0, states, grad_out, grad_states, grad_h, grad_x0, scratch, ring, sums, scalars,
     table, coefficients, state_scale, x0_scale,
-    rows, first_row, last_row, iterations, first, interval, slots, sets, eps, slope,
+    rows, states_rows, grad_rows, iterations, first, sets, eps, slope,
     UPDATE: tl.constexpr, REVERSE: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of rows [first_row, last_row): the tiles are dealt to the programs in turn.
+    """Gradients of `rows` rows from their states: the tiles are dealt to the programs in turn.
 
-    For every tile: walk to the end keeping each `interval`-th state from iteration `first` on, then take these segments from
-    the last to the first, walk each again keeping all its states, and reverse its iterations. Kept states are float32 slots of
-    `scratch`, `slots` for each program: checkpoints, states of a segment, inputs of the later stages, dL/dx0.
-    `ring` receives what the weight gradients are products of, `sums` (programs, sets, S.sums) gradients of biases and norms,
-    `scalars` (tiles, T, stages * 5 + SCALES) those of the coefficients and scales.
+    states: h_first, h_first+1, ..., `states_rows` rows apart; grad_states: dL/dh_0, dL/dh_1, ..., `grad_rows` rows apart.
+    `scratch` has float32 slots for each program: the inputs of an iteration's stages, and dL/dx0. `ring` receives what the
+    weight gradients are products of, `sums` (programs, sets, S.sums) the gradients of biases and norms, `scalars`
+    (tiles, T, stages * 5 + SCALES) those of the coefficients and scales.
     """
-    column = tl.arange(0, S.columns)
-    dtype = h.dtype.element_ty
-    size = tl.full((), S.features, tl.int64) * rows
+    dtype = grad_h.dtype.element_ty
+    size = tl.full((), S.features, tl.int64) * states_rows
+    grad_size = tl.full((), S.features, tl.int64) * grad_rows
     slot: tl.constexpr = S.tile * S.columns
-    scratch += tl.program_id(0).to(tl.int64) * slots * slot
-    local = tl.arange(0, S.tile)[:, None] * S.columns + column[None, :]
-    checkpoints = tl.cdiv(iterations - first, interval)
-    segment = scratch + checkpoints * slot
-    inputs = segment + (interval - 1) * slot
-    dx0 = inputs + (S.stages if S.stages > 1 else 0) * slot + local
-    tiles = tl.cdiv(last_row - first_row, S.tile)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        ring_row = tl.full((), S.tile, tl.int64) * tile
-        live, at = tile_of(last_row - first_row - ring_row, S)
-        start_at = (ring_row + first_row) * S.features
-        injected = x0 + start_at
-        y = tl.load(h + start_at + at, mask=live, other=0.0).to(tl.float32)
-        if not S.trajectory:
-            for t in range(iterations):
-                if t >= first and (t - first) % interval == 0:
-                    tl.store(scratch + (t - first) // interval * slot + local, y)
-                y = advance(
-                    y, injected + at, live, coefficients, state_scale, x0_scale, table, t, iterations, sets, dtype, eps, slope,
-                    UPDATE, S,
-                )  # fmt: skip
-        g = tl.load(grad_out + start_at + at, mask=live, other=0.0).to(tl.float32)
+    local = tl.arange(0, S.tile)[:, None] * S.columns + tl.arange(0, S.columns)[None, :]
+    kept: tl.constexpr = S.stages if S.stages > 1 else 0
+    inputs = scratch + tl.program_id(0).to(tl.int64) * ((kept + 1) * slot) + local
+    dx0 = inputs + kept * slot
+    for tile in range(tl.program_id(0), tl.cdiv(rows, S.tile), tl.num_programs(0)):
+        first_row = tl.full((), S.tile, tl.int64) * tile
+        live, at, there = tile_of(rows - first_row, S)
+        begin = first_row * S.features
+        g = tl.load(grad_out + begin + at, mask=live, other=0.0).to(tl.float32)
         if S.want_x0:
             tl.store(dx0, tl.full((S.tile, S.columns), 0.0, tl.float32))
-        tl.debug_barrier()
-        for back in range(checkpoints):
-            begin = first + (checkpoints - 1 - back) * interval
-            end = tl.minimum(begin + interval, iterations)
-            if not S.trajectory:
-                walked = tl.load(scratch + (checkpoints - 1 - back) * slot + local)
-                for t in range(begin, end - 1):
-                    walked = advance(
-                        walked, injected + at, live, coefficients, state_scale, x0_scale, table, t, iterations, sets, dtype,
-                        eps, slope, UPDATE, S,
-                    )  # fmt: skip
-                    tl.store(segment + (t - begin) * slot + local, walked)
-                tl.debug_barrier()
-            for step in range(end - begin):
-                t = end - 1 - step
-                if S.grad_trajectory:
-                    g += tl.load(grad_states + ((t + 1) * size + start_at) + at, mask=live, other=0.0).to(tl.float32)
-                if S.trajectory:
-                    state = tl.load(states + (t * size + start_at) + at, mask=live, other=0.0).to(tl.float32)
-                elif t == begin:
-                    state = tl.load(scratch + (checkpoints - 1 - back) * slot + local)
-                else:
-                    state = tl.load(segment + (t - 1 - begin) * slot + local)
-                g = reverse(
-                    state, g, injected + at, dx0, inputs + local, live, ring, sums, scalars, tile, ring_row,
-                    coefficients, state_scale, x0_scale, table, t, iterations, first, last_row - first_row, sets, dtype,
-                    eps, slope, UPDATE, REVERSE, S,
-                )  # fmt: skip
+            tl.debug_barrier()
+        for back in range(iterations - first):
+            t = iterations - 1 - back
+            if S.grad_trajectory:
+                g += tl.load(grad_states + ((t + 1) * grad_size + begin) + at, mask=live, other=0.0)
+            g = reverse(
+                states + ((t - first) * size + begin) + there, g, x0 + begin + there, dx0, inputs, at, live,
+                ring, sums, scalars, tile, first_row, coefficients, state_scale, x0_scale, table, t, iterations, first, rows,
+                sets, dtype, eps, slope, UPDATE, REVERSE, S,
+            )  # fmt: skip
         if S.grad_trajectory:
-            g += tl.load(grad_states + start_at + at, mask=live, other=0.0).to(tl.float32)
-        tl.store(grad_h + start_at + at, tl.where(first == 0, g, 0.0).to(dtype), mask=live)
+            g += tl.load(grad_states + begin + at, mask=live, other=0.0)
+        tl.store(grad_h + begin + at, tl.where(first == 0, g, 0.0).to(dtype), mask=live)
         if S.want_x0:
-            tl.store(grad_x0 + start_at + at, tl.load(dx0).to(dtype), mask=live)
-        tl.debug_barrier()
+            tl.debug_barrier()
+            tl.store(grad_x0 + begin + at, tl.load(dx0).to(dtype), mask=live)
+            tl.debug_barrier()
+
+
+@triton.jit
+def stage_input(s, state, x0, inputs, state_scale, x0_scale, t, S: tl.constexpr):
+    """The input of a stage, from memory: a second reading costs less than the registers to hold it through the products."""
+    if S.stages > 1:
+        return tl.load(inputs + s * (S.tile * S.columns))
+    else:
+        return start(load_tile(state, S), x0, state_scale, x0_scale, t, S)
 
 
 @triton.jit
 def reverse(
-    state, g, x0, dx0, inputs, live, ring, sums, scalars, tile, ring_row,
+    state, g, x0, dx0, inputs, at, live, ring, sums, scalars, tile, ring_row,
     coefficients, state_scale, x0_scale, table, t, iterations, first, ring_rows, sets, dtype, eps, slope,
     UPDATE: tl.constexpr, REVERSE: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """From h_t and g = dL/dh_{t+1} to dL/dh_t; everything else is written or accumulated."""
+    """From the addresses of h_t and g = dL/dh_{t+1} to dL/dh_t; everything else is written or accumulated."""
     slot: tl.constexpr = S.tile * S.columns
     row, index = table_row(table, t, iterations, sets, S)
     sums += (tl.program_id(0) * sets + index) * S.sums
-    c = coefficients + t * S.stages * 5
+    coefficients += t * S.stages * 5
     scalars += (tile * iterations + t) * (S.stages * 5 + 2)
-    z = start(state, x0, live, state_scale, x0_scale, t, S)
     if S.stages > 1:
-        y = z
+        y = start(load_tile(state, S), x0, state_scale, x0_scale, t, S)
+        z = y
         total = tl.full((S.tile, S.columns), 0.0, tl.float32) if S.uses_sum else 0.0
         for stage in range(S.stages - 1):
+            c = coefficients + stage * 5
             tl.store(inputs + stage * slot, y)
             if S.uses_sum:
-                total += tl.load(c + stage * 5 + 4) * y
-            y = stage_update(y, z, total, c + stage * 5, row, dtype, eps, slope, UPDATE, S)
+                total += tl.load(c + 4) * y
+            y = stage_update(y, z, total, c, row, dtype, eps, slope, UPDATE, S)
         tl.store(inputs + (S.stages - 1) * slot, y)
         tl.debug_barrier()
     gz = tl.full((S.tile, S.columns), 0.0, tl.float32) if S.uses_z else 0.0
@@ -330,44 +316,42 @@ def reverse(
     capacity = tl.full((), S.stages, tl.int64) * (iterations - first) * ring_rows
     for done in range(S.stages):
         s = S.stages - 1 - done
-        at = c + s * 5
+        c = coefficients + s * 5
         record = ((t - first) * S.stages + s) * tl.full((), 1, tl.int64) * ring_rows + ring_row
-        y = z if S.stages == 1 else tl.load(inputs + s * slot)
+        y = stage_input(s, state, x0, inputs, state_scale, x0_scale, t, S)
         if S.uses_sum:
-            gtotal += tl.load(at + 2) * g
-        x = normalise(y, row, dtype, eps, S)
-        dx, dw = REVERSE(x, g, tl.load(at + 3), row, ring, record, capacity, sums, dtype, slope, live, S)
-        dy = normalise_backward(dx, y, row, sums + S.sums - 2 * S.features, dtype, eps, live, S)
+            gtotal += tl.load(c + 2) * g
         if S.want_scalars:
-            tl.store(scalars + s * 5, dot(g, z, live))
-            tl.store(scalars + s * 5 + 1, dot(g, y, live))
-            tl.store(scalars + s * 5 + 3, dw)
+            z = tl.load(inputs) if S.stages > 1 else y
+            tl.store(scalars + s * 5, tl.sum(g * z))
+            tl.store(scalars + s * 5 + 1, tl.sum(g * y))
             if S.uses_sum:
                 total = tl.full((S.tile, S.columns), 0.0, tl.float32)
                 for i in range(s + 1):
-                    total += tl.load(c + i * 5 + 4) * tl.load(inputs + i * slot)
-                tl.store(scalars + s * 5 + 2, dot(g, total, live))
-                tl.store(scalars + s * 5 + 4, dot(gtotal, y, live))
+                    total += tl.load(coefficients + i * 5 + 4) * tl.load(inputs + i * slot)
+                tl.store(scalars + s * 5 + 2, tl.sum(g * total))
+                tl.store(scalars + s * 5 + 4, tl.sum(gtotal * y))
+        x = normalise(y, row, dtype, eps, S)
+        dx, dw = REVERSE(x, g, tl.load(c + 3), row, ring, record, capacity, at, sums, dtype, slope, live, S)
+        if S.want_scalars:
+            tl.store(scalars + s * 5 + 3, dw)
         if S.uses_z:
-            gz += tl.load(at) * g
-        g = tl.load(at + 1) * g + dy
+            gz += tl.load(c) * g
+        g = tl.load(c + 1) * g
         if S.uses_sum:
-            g += tl.load(at + 4) * gtotal
+            g += tl.load(c + 4) * gtotal
+        y = stage_input(s, state, x0, inputs, state_scale, x0_scale, t, S)
+        g += normalise_backward(dx, y, row, sums + S.sums - 2 * S.features, dtype, eps, S)
         tl.debug_barrier()
     if S.uses_z:
         g += gz
     if S.want_scalars:
         if S.state_scale:
-            tl.store(scalars + S.stages * 5, dot(g, state, live))
+            tl.store(scalars + S.stages * 5, tl.sum(g * load_tile(state, S)))
         if S.x0_scale:
-            tl.store(scalars + S.stages * 5 + 1, dot(g, tl.load(x0, mask=live, other=0.0).to(tl.float32), live))
+            tl.store(scalars + S.stages * 5 + 1, tl.sum(g * load_tile(x0, S)))
     if S.want_x0:
         tl.store(dx0, tl.load(dx0) + (g * tl.load(x0_scale + t) if S.x0_scale else g))
     if S.state_scale:
         g = g * tl.load(state_scale + t)
     return g
-
-
-@triton.jit
-def dot(a, b, live):
-    return tl.sum(tl.where(live, a * b, 0.0))

@@ -29,24 +29,23 @@ def _product(x, row, dtype, S: tl.constexpr):
 
 @triton.jit
 def linear_update(x, y, w, row, dtype, slope, S: tl.constexpr):
-    u = activate(_product(x, row, dtype, S), slope, S.activation)
+    u = activate(_product(x, row, dtype, S), slope, S)
     # act(0) need not be 0, and the padding has to stay 0.
     return y + tl.where(tl.arange(0, S.columns)[None, :] < S.features, w * u, 0.0)
 
 
 @triton.jit
-def linear_reverse(x, g, w, row, ring, record, capacity, sums, dtype, slope, live, S: tl.constexpr):
+def linear_reverse(x, g, w, row, ring, record, capacity, at, sums, dtype, slope, live, S: tl.constexpr):
     d = tl.arange(0, S.columns)
     a = _product(x, row, dtype, S)
     dw = 0.0
     if S.want_scalars:
-        dw += tl.sum(tl.where(live, g * activate(a, slope, S.activation), 0.0))
-    da = tl.where(live, w * g * derivative(a, slope, S.activation), 0.0)
+        dw += tl.sum(g * activate(a, slope, S))
+    da = w * g * derivative(a, slope, S)
     if S.want_sums and S.present[1]:
         add(sums + d, tl.sum(da, 0), d < S.features)
     da = da.to(dtype)
     if S.want_weights:
-        at = tl.arange(0, S.tile)[:, None] * S.features + d[None, :]
         tl.store(ring + record * S.features + at, x, mask=live)
         tl.store(ring + (capacity + record) * S.features + at, da, mask=live)
     return tl.dot(da, _weight(row, dtype, S), input_precision=S.precision), dw

@@ -47,57 +47,57 @@ def mlp_update(x, y, w, row, dtype, slope, S: tl.constexpr):
     for c in range(0, S.hidden, S.chunk):
         u = _product(x, row, 0, 1, dtype, c, S)
         if S.present[4]:
-            u *= activate(_product(x, row, 4, 5, dtype, c, S), slope, S.activation)
+            u *= activate(_product(x, row, 4, 5, dtype, c, S), slope, S)
         else:
-            u = activate(u, slope, S.activation)
+            u = activate(u, slope, S)
         y = tl.dot((w * u).to(dtype), _columns_of(row, 2, dtype, c, S), y, input_precision=S.precision)
     return y
 
 
 @triton.jit
-def mlp_reverse(x, g, w, row, ring, record, capacity, sums, dtype, slope, live, S: tl.constexpr):
+def mlp_reverse(x, g, w, row, ring, record, capacity, at, sums, dtype, slope, live, S: tl.constexpr):
     d = tl.arange(0, S.columns)
+    i = tl.arange(0, S.tile)
     operand = g.to(dtype)
     dx = tl.full((S.tile, S.columns), 0.0, tl.float32)
-    dw = 0.0
+    # <g, F(x)>, row by row.
+    dw = tl.full((S.tile,), 0.0, tl.float32)
     if S.present[3]:
-        column_sums = tl.sum(tl.where(live, g, 0.0), 0)
-        dw += tl.sum(column_sums * vector(row, 3, dtype, d, S.features))
+        if S.want_scalars:
+            dw += tl.sum(g * vector(row, 3, dtype, d, S.features)[None, :], 1)
         if S.want_sums:
-            add(sums + S.hidden + d, w * column_sums, d < S.features)
+            add(sums + S.hidden + d, w * tl.sum(g, 0), d < S.features)
     if S.want_weights:
-        at = tl.arange(0, S.tile)[:, None] * S.features + d[None, :]
         tl.store(ring + record * S.features + at, x, mask=live)
         tl.store(ring + (capacity + record) * S.features + at, operand, mask=live)
+    ring += capacity * (2 * S.features) + record * S.hidden
     inside = tl.sum(live.to(tl.int32), 1) > 0
     for c in range(0, S.hidden, S.chunk):
         j = c + tl.arange(0, S.chunk)
         alive = inside[:, None] & (j[None, :] < S.hidden)
+        hidden = ring + i[:, None] * S.hidden + j[None, :]
         up = _product(x, row, 0, 1, dtype, c, S)
         du = tl.dot(operand, tl.trans(_columns_of(row, 2, dtype, c, S)), input_precision=S.precision)
-        hidden = (
-            ring + (capacity * (2 * S.features) + record * S.hidden) + tl.arange(0, S.tile)[:, None] * S.hidden + j[None, :]
-        )
         if S.present[4]:
             gate = _product(x, row, 4, 5, dtype, c, S)
-            opened = activate(gate, slope, S.activation)
+            opened = activate(gate, slope, S)
             u = opened * up
-            dgate = tl.where(alive, w * du * up * derivative(gate, slope, S.activation), 0.0)
-            dz = tl.where(alive, w * du * opened, 0.0)
+            dgate = w * du * up * derivative(gate, slope, S)
+            dz = w * du * opened
             if S.want_weights:
                 tl.store(hidden + capacity * (2 * S.hidden), dgate.to(dtype), mask=alive)
             if S.want_sums and S.present[5]:
                 add(sums + S.hidden + S.features + j, tl.sum(dgate, 0), j < S.hidden)
             dx = tl.dot(dgate.to(dtype), _rows_of(row, 4, dtype, c, S), dx, input_precision=S.precision)
         else:
-            u = activate(up, slope, S.activation)
-            dz = tl.where(alive, w * du * derivative(up, slope, S.activation), 0.0)
+            u = activate(up, slope, S)
+            dz = w * du * derivative(up, slope, S)
         if S.want_scalars:
-            dw += tl.sum(tl.where(alive, du * u, 0.0))
+            dw += tl.sum(du * u, 1)
         if S.want_weights:
             tl.store(hidden, (w * u).to(dtype), mask=alive)
             tl.store(hidden + capacity * S.hidden, dz.to(dtype), mask=alive)
         if S.want_sums and S.present[1]:
             add(sums + j, tl.sum(dz, 0), j < S.hidden)
         dx = tl.dot(dz.to(dtype), _rows_of(row, 0, dtype, c, S), dx, input_precision=S.precision)
-    return dx, dw
+    return dx, tl.sum(dw)

@@ -62,8 +62,10 @@ def _closing(console: Console) -> None:
     reasons = "; ".join(f"{name}: {reason}" for name, reason in MISSING.items())
     paragraph(
         console,
-        f"This version has no GPU kernels ({reasons}): tensors on a GPU are computed there by the same blas backend, that is "
-        "by PyTorch's own products. Planned are Triton and CUDA kernels that run all T iterations in one launch, the state "
-        "staying on the chip; nothing above says how fast they will be. `python -m score_kernels doctor` tells what this "
-        "machine has.",
+        "Triton kernels that run all T iterations in one launch, the state staying on the chip. They pass the tests in "
+        "Triton's interpreter and compile for GPUs, but were never run on one: until results from hardware are committed, "
+        "tensors on a GPU are computed there by the same blas backend, that is by PyTorch's own products, unless "
+        f"backend='triton' is asked for. Nothing above says how fast they are. Missing: {reasons}. `python -m score_kernels "
+        "doctor` tells what this machine has; TRITON_INTERPRET=1 and --quick make this demo check the Triton kernels too, "
+        "for many minutes.",
     )

@@ -1,0 +1,207 @@
+"""Every tile of the table, compiled ahead of time: no spilled register, no serialised wgmma, the shared memory that it says.
+
+No GPU is needed. Compilations run in other processes, for in this one Triton interprets; those processes run this file, under
+the Triton of this environment or under that in the folder `SCORE_KERNELS_OTHER_TRITON` (the version that hardware has).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from score_kernels import stages
+from score_kernels.activations import ACTIVATIONS
+from score_kernels.problem import NORMS
+from score_kernels.triton_kernels.configs import CONFIGS, Tile
+
+# Bytes of shared memory for a program: the smallest of the architectures that a family serves.
+SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+
+# state tiles -> stages of the solver that needs them (euler; midpoint, heun, ralston; rk4).
+STAGES = {1 + stages.uses_z(name) + stages.uses_sum(name): len(program) for name, program in stages.SOLVERS.items()}
+
+OTHER_TRITON = os.environ.get("SCORE_KERNELS_OTHER_TRITON")
+VERSIONS = ["pinned", *(["other"] if OTHER_TRITON else [])]
+
+
+class Job(NamedTuple):
+    """One compilation. The defaults are the options that take the most registers; arch: 90, or "gfx942"."""
+
+    arch: int | str
+    kind: str
+    state_tiles: int
+    columns: int
+    backward: bool
+    tile: tuple[int, ...]
+    dtype: str = "bf16"
+    activation: str = "gelu"
+    norm: str = "layernorm"
+    injected: bool = True
+    trajectory: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.arch} {self.kind} {self.state_tiles} D={self.columns} {'backward' if self.backward else 'forward'}"
+
+
+def jobs_of(family: int, kind: str, state_tiles: int, **options: Any) -> list[Job]:
+    """Both passes at every width of a part of the table."""
+    return [
+        Job(family, kind, state_tiles, columns, backward, tuple(tile), **options)
+        for columns, config in CONFIGS[family][kind, state_tiles].items()
+        for backward, tile in enumerate(config)
+        if tile is not None
+    ]
+
+
+def compiled(jobs: list[Job], tmp_path: Path, version: str = "pinned") -> dict[str, dict[str, int]]:
+    """What the compiler says of each job, by its name."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    if version == "other":
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (OTHER_TRITON, os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, __file__], input=json.dumps(jobs), env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {job.name: found for job, found in zip(jobs, json.loads(done.stdout), strict=True)}
+
+
+def over_budget(job: Job, found: dict[str, int]) -> list[str]:
+    """Why a kernel misses its budget."""
+    reasons = []
+    if found["stack"] or found["spilled"]:
+        reasons.append(f"{found['spilled']} bytes spilled, a stack of {found['stack']}")
+    if found["serialised"]:
+        reasons.append("wgmma serialised")
+    if found["shared"] > SHARED[int(job.arch)]:
+        reasons.append(f"{found['shared']} bytes of shared memory")
+    if job.arch == 90 and Tile(*job.tile).rows >= 64 and not found["wgmma"]:
+        reasons.append("no wgmma")
+    return reasons
+
+
+def misses(jobs: list[Job], results: dict[str, dict[str, int]]) -> dict[str, list[str]]:
+    return {job.name: reasons for job in jobs if (reasons := over_budget(job, results[job.name]))}
+
+
+PARTS = [(family, kind, tiles) for family, parts in CONFIGS.items() for kind, tiles in parts]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("family", "kind", "state_tiles"), PARTS)
+def test_every_tile_of_the_table(family, kind, state_tiles, version, tmp_path):
+    jobs = jobs_of(family, kind, state_tiles)
+    results = compiled(jobs, tmp_path, version)
+    assert misses(jobs, results) == {}
+    if version == "pinned":
+        assert {j.name: results[j.name]["shared"] for j in jobs} == {j.name: Tile(*j.tile).shared for j in jobs}
+
+
+def test_the_table_is_complete():
+    """Both passes where registers allow: forward to D = 64; backward at some width for every solver, for Euler to 64."""
+    assert set(PARTS) == set(itertools.product(SHARED, ("mlp", "gated mlp", "linear"), STAGES))
+    for family, kind, state_tiles in PARTS:
+        widths = CONFIGS[family][kind, state_tiles]
+        assert {16, 32, 64} <= {columns for columns, config in widths.items() if config.forward}, (family, kind, state_tiles)
+        least = {16, 32, 64} if state_tiles == 1 else set()
+        assert least < {0} | {columns for columns, config in widths.items() if config.backward}, (family, kind, state_tiles)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "linear"])
+@pytest.mark.parametrize(
+    "options", [{"activation": name} for name in ACTIVATIONS] + [{"norm": name} for name in NORMS], ids=str
+)
+def test_other_options(kind, options, tmp_path):
+    jobs = [job for job in jobs_of(90, kind, 1, **options) if job.columns == 64]
+    assert misses(jobs, compiled(jobs, tmp_path)) == {}
+
+
+@pytest.mark.parametrize("kind", ["mlp", "gated mlp", "linear"])
+@pytest.mark.parametrize("options", [{"dtype": "fp16"}, {"injected": False}, {"trajectory": True}], ids=str)
+def test_other_inputs(kind, options, tmp_path):
+    jobs = [job for tiles in STAGES for job in jobs_of(90, kind, tiles, **options) if job.columns == 32]
+    assert misses(jobs, compiled(jobs, tmp_path)) == {}
+
+
+@pytest.mark.parametrize("kind", ["mlp", "gated mlp", "linear"])
+def test_float32_fits_in_the_tiles_of_twice_the_width(kind, tmp_path):
+    jobs = [job._replace(columns=job.columns // 2) for job in jobs_of(90, kind, 1, dtype="fp32") if job.columns > 16]
+    assert misses(jobs, compiled(jobs, tmp_path)) == {}
+
+
+@pytest.mark.parametrize("kind", ["mlp", "gated mlp", "linear"])
+def test_rocm_compiles(kind, tmp_path):
+    jobs = [job._replace(arch="gfx942") for job in jobs_of(80, kind, 1) if job.columns == 64]
+    assert all(found["shared"] > 0 for found in compiled(jobs, tmp_path).values())
+
+
+def compile_job(job: Job) -> dict[str, int]:
+    """Compiles one job, in a process that does not interpret Triton."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from score_kernels.triton_kernels import iterate, linear, mlp
+
+    kind, tile = job.kind, Tile(*job.tile)
+    op, gated = kind.split()[-1], kind.startswith("gated")
+    features, hidden = job.columns, job.columns * (4 if op == "mlp" else 1)
+    has_norm = job.norm != "none"
+    present = (*((True,) * 4 + (gated,) * 2 if op == "mlp" else (True, True)), has_norm, job.norm == "layernorm")
+    wanted = dict.fromkeys(("want_x0",) * job.injected + ("want_scalars", "want_weights", "want_sums"), job.backward)
+    static = iterate.Static(
+        features=features, hidden=hidden, columns=job.columns, tile=tile.rows, chunk=tile.hidden,
+        precision="tf32" if job.dtype == "fp32" else "ieee", activation=job.activation, norm=job.norm, present=present,
+        parameters=len(present), gain=present[-2], norm_bias=present[-1], gain_float32=False,
+        sums=3 * features + (2 * hidden if op == "mlp" else 0), stages=STAGES[job.state_tiles], uses_z=job.state_tiles > 1,
+        uses_sum=job.state_tiles > 2, cyclic=False, x0=job.injected, state_scale=job.injected, x0_scale=job.injected,
+        trajectory=job.trajectory and not job.backward, grad_trajectory=job.trajectory and job.backward, **wanted,
+    )  # fmt: skip
+    module = {"mlp": mlp, "linear": linear}[op]
+    kernel = iterate.backward_kernel if job.backward else iterate.forward_kernel
+    constants = {"UPDATE": getattr(module, f"{op}_update"), "S": static}
+    if job.backward:
+        constants["REVERSE"] = getattr(module, f"{op}_reverse")
+    integers = ("rows", "states_rows", "grad_rows", "iterations", "first", "sets")
+    float32 = ("coefficients", "state_scale", "x0_scale", "states", "grad_states", "scratch", "sums", "scalars")
+    types = {
+        **dict.fromkeys(kernel.arg_names, "*" + job.dtype), **dict.fromkeys(float32, "*fp32"), **dict.fromkeys(integers, "i32"),
+        "table": "*i64", "eps": "fp32", "slope": "fp32", **dict.fromkeys(constants, "constexpr"),
+    }  # fmt: skip
+    signature = {name: types[name] for name in kernel.arg_names}
+    aligned = [["tt.divisibility", 16]]
+    attributes = {(i,): aligned for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    target = GPUTarget("hip", job.arch, 64) if isinstance(job.arch, str) else GPUTarget("cuda", job.arch, 32)
+    triton.knobs.nvidia.dump_ptxas_log = True
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        source = ASTSource(kernel, signature, constants, attributes)
+        kernel = triton.compile(source, target=target, options={"num_warps": tile.warps, "num_stages": tile.stages})
+    found = {"shared": kernel.metadata.shared}
+    if target.backend == "cuda":
+        text = log.getvalue()
+        number = {name: int(re.search(pattern, text)[1]) for name, pattern in PTXAS.items()}  # type: ignore[index]
+        found |= number | {"serialised": "C7512" in text, "wgmma": kernel.asm["ptx"].count("wgmma.mma_async")}
+    return found
+
+
+PTXAS = {
+    "registers": r"Used (\d+) registers",
+    "stack": r"(\d+) bytes stack frame",
+    "spilled": r"(\d+) bytes spill stores",
+}
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    print(json.dumps([compile_job(Job(*job)) for job in json.load(sys.stdin)]))

@@ -1,0 +1,161 @@
+"""`python -m bench.gpu_check`: every step has its verdict, whatever happens in it, and none hides another."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu_check, tiny
+from bench.gpu_check import STEPS, Step, Verdict
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(name: str, code: str, share: float = 1.0, **options: object) -> Step:
+    return Step(name, (sys.executable, "-c", code), share, **{"gpu": False, **options})
+
+
+def checked(*steps: Step, out: Path, seconds: float = 60) -> dict[str, Verdict]:
+    verdicts = {v.step: v for v in gpu_check.check(steps, out, seconds)}
+    summary = json.loads((out / "summary.json").read_text())
+    assert [Verdict(**step) for step in summary["steps"]] == list(verdicts.values())
+    assert summary["passed"] == gpu_check.succeeded(list(verdicts.values()))
+    return verdicts
+
+
+def test_a_failed_step_hides_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = checked(
+        python("first", "print('one'); print('two')"),
+        python("second", "import sys; print('the reason', file=sys.stderr); sys.exit(3)"),
+        python("third", "print('three')"),
+        out=tmp_path / "new" / "folder",
+    )
+    assert {name: v.status for name, v in found.items()} == {"first": "passed", "second": "failed", "third": "passed"}
+    assert found["first"].detail == "two"
+    assert found["second"].detail == "exit status 3; the reason"
+    assert (tmp_path / "new" / "folder" / "first.log").read_text() == "one\ntwo\n"
+    assert not gpu_check.succeeded(list(found.values()))
+    assert gpu_check.succeeded([found["first"], found["third"]])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["first", "passed"], ["second", "failed"], ["third", "passed"]]
+
+
+def test_a_step_that_takes_too_long_ends_with_all_that_it_started(tmp_path: Path) -> None:
+    beacon = tmp_path / "beacon"
+    child = f"import pathlib, time; time.sleep(6); pathlib.Path({str(beacon)!r}).touch()"
+    parent = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    start = time.monotonic()
+    found = checked(python("slow", parent, 0.1), python("next", "print('here')"), out=tmp_path, seconds=20)
+    assert time.monotonic() - start < 6
+    assert (found["slow"].status, found["slow"].detail) == ("timed out", "after 2 s; begun")
+    assert 2 <= found["slow"].seconds < 6
+    assert found["next"].status == "passed"
+    assert not gpu_check.succeeded(list(found.values()))
+    time.sleep(6.5 - (time.monotonic() - start))
+    assert not beacon.exists()
+
+
+def test_all_steps_together_keep_to_the_time(tmp_path: Path) -> None:
+    start = time.monotonic()
+    found = checked(*(python(name, "import time; time.sleep(30)", 0.7) for name in "abc"), out=tmp_path, seconds=2)
+    assert time.monotonic() - start < 20
+    assert {v.status for v in found.values()} == {"timed out"}
+
+
+def test_an_absent_tool_is_said_and_one_in_cuda_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    step = Step("sanitizer", ("no-such-tool", "--tool", "memcheck"), 1.0, gpu=False, tool="no-such-tool")
+    verdict = checked(step, out=tmp_path)["sanitizer"]
+    assert (verdict.status, verdict.detail) == ("absent", "no-such-tool is neither in PATH nor in CUDA_HOME/bin")
+    assert gpu_check.succeeded([verdict])
+    tool = tmp_path / "bin" / "no-such-tool"
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\necho "given $*"\nexit 1\n')
+    tool.chmod(0o755)
+    verdict = checked(step, out=tmp_path)["sanitizer"]
+    assert (verdict.status, verdict.detail) == ("failed", "exit status 1; given --tool memcheck")
+
+
+def test_without_a_gpu_what_needs_one_is_absent(tmp_path: Path) -> None:
+    found = checked(
+        python("gpu", "raise SystemExit('none')"), python("needs", "", gpu=True), python("other", "print('ran')"), out=tmp_path
+    )  # fmt: skip
+    assert {name: v.status for name, v in found.items()} == {"gpu": "failed", "needs": "absent", "other": "passed"}
+    assert found["needs"].detail == "no GPU"
+    found = checked(python("gpu", ""), python("needs", "", gpu=True), out=tmp_path)
+    assert {v.status for v in found.values()} == {"passed"}
+
+
+@pytest.mark.parametrize(
+    ("tests", "status"), [("", "failed"), ("def test_a(): pass", "passed"), ("def test_a(): assert 0", "failed")]
+)
+def test_tests_that_were_all_skipped_have_not_passed(tests: str, status: str, tmp_path: Path) -> None:
+    (tmp_path / "pytest.ini").write_text("[pytest]")
+    skipped = "import pytest\ndef test_skipped(): pytest.skip('no reason')\n"
+    (tmp_path / "test_it.py").write_text(f"{skipped}{tests}\n")
+    command = (sys.executable, "-m", "pytest", str(tmp_path), "-p", "no:cacheprovider", "--junitxml", "{out}/tests.xml")
+    verdict = checked(Step("tests", command, 1.0, gpu=False, check=gpu_check.untested), out=tmp_path)["tests"]
+    assert verdict.status == status, verdict
+    if not tests:
+        assert verdict.detail == "no test ran: all were skipped"
+
+
+def test_a_benchmark_without_a_triton_time_has_not_passed(tmp_path: Path) -> None:
+    def verdict(*rows: tuple[str, str]) -> Verdict:
+        result = {"rows": [{"provider": provider, "status": status} for provider, status in rows]}
+        (tmp_path / "headline.json").write_text(json.dumps(result))
+        return checked(python("bench", "", check=gpu_check.unmeasured), out=tmp_path)["bench"]
+
+    assert verdict(("eager", "ok"), ("triton", "ok")).status == "passed"
+    assert verdict(("eager", "ok"), ("triton", "absent")).detail == "no Triton kernel was timed"
+    (tmp_path / "headline.json").write_text("{")
+    broken = checked(python("bench", "", check=gpu_check.unmeasured), out=tmp_path)["bench"]
+    assert (broken.status, broken.detail[:25]) == ("failed", "its result cannot be read")
+
+
+def test_its_commands_are_ones_that_the_programs_take() -> None:
+    from bench.__main__ import _parser
+
+    (bench,) = (step for step in STEPS if step.name == "bench")
+    words = [word.format(out="/somewhere", minutes="1.50") for word in bench.command]
+    options = _parser().parse_args(words[words.index("run") :])
+    assert (options.suite, options.minutes, options.resume) == ("headline", 1.5, True)
+    assert options.json == Path("/somewhere/headline.json")
+    assert words[1:3] == ["-m", "bench"]
+    assert len({step.name for step in STEPS}) == len(STEPS)
+
+
+def test_what_the_sanitizer_runs_is_right_and_notices_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    tiny.run("cpu", torch.float32)
+    monkeypatch.setattr(tiny, "tolerance", lambda dtype, mode: 0.0)
+    with pytest.raises(AssertionError):
+        tiny.run("cpu", torch.float32)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what it says without a GPU")
+def test_on_a_machine_without_a_gpu(tmp_path: Path) -> None:
+    """With nothing but torch, triton and pytest installed, as it will be on the machine that it is for."""
+    for name in ("rich", "hypothesis", "jsonschema", "sklearn", "numpy"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name}', name='{name}')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu_check", "--out", str(tmp_path / "out"), "--minutes", "2"],
+        capture_output=True, text=True, check=False, cwd=ROOT, env=environment, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "no GPU that torch can use: nothing was checked on hardware" in done.stdout
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {step["step"]: step["status"] for step in summary["steps"]} == {
+        "gpu": "failed", "environment": "passed",
+        "tests": "absent", "memcheck": "absent", "racecheck": "absent", "bench": "absent",
+    }  # fmt: skip
+    log = (tmp_path / "out" / "environment.log").read_text()
+    assert json.loads(log[log.index("{") :])["works"]

@@ -1,0 +1,43 @@
+"""The Triton kernels in Triton's interpreter, which runs the same program one tile after another on the CPU.
+
+Not bfloat16: the interpreter's products of it are wrong. Nor tf32, which it computes in full float32.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import call, gradients, laid_out
+from kernels import Kernels, both_ops, one_element_off, random_shapes
+
+from score_kernels.triton_kernels import launch
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the same tests on this machine's GPU")
+
+
+class TestInterpreter(Kernels):
+    device = "cpu"
+    dtypes = (torch.float32, torch.float16)
+    eps = {dtype: torch.finfo(dtype).eps for dtype in dtypes}
+    sizes = {"rows": 19, "features": 5, "hidden": 19, "iterations": 3}
+    launches = ({"chunk_rows": 16, "programs": 1}, {"chunk_rows": 32, "programs": 1})
+    exact = True
+    blocks = ("linear", "mlp layernorm")
+    accuracy = {"rows": 16, "features": 256, "hidden": 64}
+    depths = (4,)
+    test_random_shapes = random_shapes(40)
+
+    @both_ops
+    @pytest.mark.parametrize("sets", ["1", "2 stacked", "3 list", "T stacked"])
+    def test_failure_case_05_addresses_in_the_table_are_aligned(self, op, sets, dtype, monkeypatch):
+        """The compiler takes them for granted, which the interpreter would not notice."""
+        seen, original = [], launch._pointers
+        monkeypatch.setattr(launch, "_pointers", lambda rows, device: (seen.append(rows), original(rows, device))[1])
+        case = laid_out(self.everything(op, dtype=dtype, sets=sets, iterations=4), one_element_off)
+        addresses = {x.data_ptr() for x in case.leaves.values()}
+        assert any(address % launch.ALIGNMENT for address in addresses)
+        gradients(case, "triton")
+        assert len(seen) >= 2, "forward and backward"
+        assert all(address % launch.ALIGNMENT == 0 for rows in seen for row in rows for address in row)
+        with torch.no_grad():
+            assert torch.equal(call(case, "triton"), call(laid_out(case, torch.clone), "triton"))
