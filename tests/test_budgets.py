@@ -31,7 +31,6 @@ SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 STAGES = {1 + stages.uses_z(name) + stages.uses_sum(name): len(program) for name, program in stages.SOLVERS.items()}
 
 OTHER_TRITON = os.environ.get("SCORE_KERNELS_OTHER_TRITON")
-VERSIONS = ["pinned", *(["other"] if OTHER_TRITON else [])]
 
 
 class Job(NamedTuple):
@@ -98,8 +97,11 @@ def misses(jobs: list[Job], results: dict[str, dict[str, int]]) -> dict[str, lis
 PARTS = [(family, kind, tiles) for family, parts in CONFIGS.items() for kind, tiles in parts]
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize(("family", "kind", "state_tiles"), PARTS)
+# The other Triton is the one that the hardware of family 90 has: its tiles are held to the budget under both.
+CHECKED = [(*part, "pinned") for part in PARTS] + [(*part, "other") for part in PARTS if OTHER_TRITON and part[0] == 90]
+
+
+@pytest.mark.parametrize(("family", "kind", "state_tiles", "version"), CHECKED)
 def test_every_tile_of_the_table(family, kind, state_tiles, version, tmp_path):
     jobs = jobs_of(family, kind, state_tiles)
     results = compiled(jobs, tmp_path, version)
