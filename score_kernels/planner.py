@@ -152,7 +152,7 @@ def _config(kind: str, features: int, dtype: str, machine: Machine, state_tiles:
         return None, "full float32 is computed by blas; torch.backends.cuda.matmul.allow_tf32 = True admits tf32"
     if machine == INTERPRETER:
         return Config(INTERPRETED, INTERPRETED), None
-    # On ROCm, where no budget has been checked, the smallest tiles.
+    # On ROCm, where no budget has been checked, the tiles of the family with the smallest shared memory.
     widths = CONFIGS.get(family(machine.arch) if machine.device == "cuda" else 80, {}).get((kind, state_tiles), {})
     # The tiles are for 16-bit operands: those of 32 bits take the registers and the shared memory of twice the width.
     operands = 2 if dtype == "float32" else 1
@@ -166,7 +166,7 @@ def _config(kind: str, features: int, dtype: str, machine: Machine, state_tiles:
 
 
 def _backward(base: Plan, tile: Tile, features: int, ring_row: int, stages: int, machine: Machine, scratch_budget: int) -> Plan:
-    """Programs, rows of a launch and checkpoints within the scratch budget; blas where not even one tile fits."""
+    """Programs and rows of a launch within the scratch budget; blas where not even one tile fits."""
     # Beside the states: the inputs of a solver's stages, and dL/dx0.
     slots = (stages if stages > 1 else 0) + 1
     slot = tile.rows * max(_power_of_two(2 * features - 1), 16) * 4

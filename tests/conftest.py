@@ -1,5 +1,6 @@
 """What all tests share: one thread for each test process, the same hypothesis examples on every run, where a GPU is needed."""
 
+import importlib
 import os
 
 import hypothesis
@@ -10,8 +11,10 @@ pytest.register_assert_rewrite("cases", "row_wise", "kernels")
 
 GPU = torch.cuda.is_available()
 if not GPU:
-    # Triton's kernels run on the CPU then; it reads this when it is imported.
+    # Triton's kernels run on the CPU then. Triton reads this when it is imported, so that is done here: not by whichever test
+    # comes first, perhaps one that has taken the variable away.
     os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("triton")
 
 torch.set_num_threads(1)
 

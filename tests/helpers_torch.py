@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from score_kernels import arguments
+from score_kernels import arguments, blas
 from score_kernels import functional as SF
 from score_kernels.problem import LEADING, SHAPES
 
@@ -46,3 +47,15 @@ def flat(
 def equal_gradients(found: list[Tensor | None], expected: list[Tensor | None], **tolerance: float) -> None:
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, **tolerance)
+
+
+def break_blas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes every result of `blas` wrong by 1e-4."""
+    right = blas.forward
+
+    def wrong(problem, plan, out):
+        states = right(problem, plan, out)
+        out.mul_(1 + 1e-4)
+        return states
+
+    monkeypatch.setattr(blas, "forward", wrong)

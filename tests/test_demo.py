@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_torch import break_blas
 from rich.console import Console
 
 from score_kernels import blas, demo
@@ -40,17 +41,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "ROWS", 256)
     monkeypatch.setattr(speed, "SHAPES", ((32, 32),))
     monkeypatch.setattr(speed, "QUICK_ROUNDS", 2)
-
-
-def break_blas(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = blas.forward
-
-    def wrong(problem, plan, out):
-        states = right(problem, plan, out)
-        out.mul_(1 + 1e-4)
-        return states
-
-    monkeypatch.setattr(blas, "forward", wrong)
 
 
 def console() -> Console:

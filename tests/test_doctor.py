@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_torch import break_blas
 
-from score_kernels import blas, doctor
+from score_kernels import doctor
 from score_kernels.__main__ import main
 from score_kernels.planner import BACKENDS, MISSING, VERIFIED
 
@@ -95,14 +96,7 @@ def test_table_names_every_finding_once(capsys: pytest.CaptureFixture[str], monk
 
 
 def test_wrong_result_is_a_problem(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    right = blas.forward
-
-    def wrong(problem, plan, out):
-        states = right(problem, plan, out)
-        out.mul_(1 + 1e-4)
-        return states
-
-    monkeypatch.setattr(blas, "forward", wrong)
+    break_blas(monkeypatch)
     assert main(["doctor"]) == 1
     assert "score_mlp on cpu is wrong: relative error 1.0e-04" in " ".join(capsys.readouterr().out.split())
 
