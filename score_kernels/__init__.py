@@ -6,34 +6,59 @@ Everything is loaded on first use: importing this package imports neither torch 
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import autograd, functional
+    from .convert import convert, revert
+    from .fused import FusedSequential
     from .modules import ScoreLinear, ScoreMLP
     from .plans import available_backends, explain
+    from .share import share
 
-# Public name -> module that holds it; a module's own name stands for the module. No function has the name of a module here:
-# importing that module would put it in the function's place.
+# Public name -> module that holds it; a module's own name stands for the module.
 _PUBLIC = {
+    "FusedSequential": "fused",
     "ScoreLinear": "modules",
     "ScoreMLP": "modules",
     "autograd": "autograd",
     "available_backends": "plans",
+    "convert": "convert",
     "explain": "plans",
     "functional": "functional",
+    "revert": "convert",
+    "share": "share",
 }
 
-__all__ = ["ScoreLinear", "ScoreMLP", "autograd", "available_backends", "explain", "functional"]
+__all__ = [
+    "FusedSequential",
+    "ScoreLinear",
+    "ScoreMLP",
+    "autograd",
+    "available_backends",
+    "convert",
+    "explain",
+    "functional",
+    "revert",
+    "share",
+]
+
+
+class CallableModule(ModuleType):
+    """A module named after its function: importing it puts it in the function's place here, so it can be called as well."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f".{_PUBLIC[name]}", __name__)
-    value = module if name in ("autograd", "functional") else getattr(module, name)
+    value = module if name == _PUBLIC[name] else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -7,7 +7,7 @@ import hypothesis
 import pytest
 import torch
 
-pytest.register_assert_rewrite("cases", "row_wise", "kernels")
+pytest.register_assert_rewrite("cases", "row_wise", "kernels", "stacks")
 
 GPU = torch.cuda.is_available()
 if not GPU:
