@@ -12,9 +12,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from .layout import Sheet
-from .run import Problem, Settings
+from .run import Settings, Target
 
-STYLES = {"ok": "", "wrong": "bold red", "failed": "bold red", "absent": "dim"}
+# By the status of a row, and by the verdict on a change; any other is plain.
+STYLES = {"wrong": "bold red", "failed": "bold red", "absent": "dim", "regression": "bold red", "improvement": "green"}
+STYLES |= {"gone": "yellow", "new": "dim", "unclear": "yellow"}
 
 # Where no terminal tells its width, tables may be this wide.
 WIDTH = 140
@@ -23,7 +25,7 @@ WIDTH = 140
 class Meter:
     """The progress bar of a run, in rough units of work, one problem after the other."""
 
-    def __init__(self, progress: Progress, targets: Sequence[Problem], providers: int, rounds: int) -> None:
+    def __init__(self, progress: Progress, targets: Sequence[Target], providers: int, rounds: int) -> None:
         self.progress, self.targets = progress, targets
         self.work = [problem.work(providers, rounds) for problem in targets]
         self.done = 0
@@ -41,7 +43,7 @@ class Meter:
 
 
 @contextmanager
-def meter(targets: Sequence[Problem], providers: int, settings: Settings) -> Iterator[Meter]:
+def meter(targets: Sequence[Target], providers: int, settings: Settings) -> Iterator[Meter]:
     columns = (TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         yield Meter(progress, targets, providers, settings.rounds)
@@ -54,7 +56,7 @@ def show(sheet: Sheet) -> None:
     for line in sheet.lines:
         if line.new and table.row_count:
             table.add_section()
-        table.add_row(*map(escape, line.cells), style=STYLES[line.status])
+        table.add_row(*map(escape, line.cells), style=STYLES.get(line.status, ""))
     _console().print(table)
 
 

@@ -35,6 +35,23 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
+# What nvidia-smi calls the reasons for lower clocks (a bit mask, 0 being none), in newer drivers and in older ones.
+THROTTLING = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
+
+
+def clocks(device: str) -> dict[str, Any] | None:
+    """The GPU's clock, temperature and reasons for throttling right now; None on a CPU and where nvidia-smi does not tell."""
+    if not device.startswith("cuda"):
+        return None
+    for reasons in THROTTLING:
+        query = f"--query-gpu=clocks.sm,temperature.gpu,{reasons}"
+        line = _output("nvidia-smi", query, "--format=csv,noheader,nounits", "--id=0")
+        values = [value.strip() for value in line.split(",")] if line else []
+        if len(values) == 3 and values[0].isdecimal() and values[1].isdecimal():
+            return {"sm_mhz": int(values[0]), "temperature_c": int(values[1]), "throttling": values[2]}
+    return None
+
+
 def _output(*command: str) -> str | None:
     """What a command prints, or None where the command, or the repository it asks about, does not exist."""
     try:

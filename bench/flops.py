@@ -8,22 +8,27 @@ from score_kernels.stages import REPLACE, SOLVERS
 
 from .cases import Case
 
-# Passes over the products of F in each mode: backward multiplies once for the state's gradient and once for the weights'.
-# Work that a provider repeats to save memory is not counted: rates compare useful work.
-PASSES = {"forward": 1, "backward": 2, "training": 3}
+# Passes over the products of F in each mode, forward and backward: the latter multiplies once for the state's gradient and once
+# for the weights'. Work that a provider repeats to save memory is not counted: rates compare useful work.
+PASSES = {"forward": (1, 0), "backward": (0, 2), "training": (1, 2)}
 
 
 def flops(case: Case, mode: str) -> int:
-    """Operations in matrix products, 2 per multiply-add, of all iterations and stages."""
+    """Operations in matrix products, 2 per multiply-add, of all iterations and stages that the mode's passes reach."""
     products = {"linear": 1, "mlp": 3 if case.gated else 2}[case.op]
     stages = len(REPLACE if case.update == "replace" else SOLVERS[case.solver])
-    return PASSES[mode] * 2 * products * case.rows * case.features * case.hidden * case.iterations * stages
+    forward, backward = PASSES[mode]
+    passes = forward * case.iterations + backward * (case.iterations - case.first_grad)
+    return passes * 2 * products * case.rows * case.features * case.hidden * stages
 
 
 def traffic(case: Case, mode: str, itemsize: int) -> int:
-    """Bytes that any implementation has to move: inputs read once, outputs written once, nothing in between."""
+    """Bytes that any implementation has to move: inputs read once, outputs written once, nothing in between.
+
+    A state that no gradient reaches has none to write.
+    """
     state = case.rows * case.features
     weights = sum(math.prod(shape) for shape in case.shapes.values()) * case.sets
     forward = 2 * state + weights
-    backward = 3 * state + 2 * weights
+    backward = (3 if case.first_grad == 0 else 2) * state + 2 * weights
     return itemsize * {"forward": forward, "backward": backward, "training": forward + backward}[mode]

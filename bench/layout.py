@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .cases import SUITES
 from .providers import PROVIDERS
 from .run import Row
+from .suites import SUITES
 
 # Columns of a result: what they show, and the keys of those that are left out where nothing was measured.
 NUMBERS: dict[str, Callable[[Row], str]] = {
@@ -23,7 +23,7 @@ OPTIONAL = {"of roofline": "roofline", "peak MB": "peak_memory_mb"}
 
 @dataclass(frozen=True)
 class Line:
-    """status: of the row that it shows, if any. new: it starts a group of lines."""
+    """status: of the row that it shows, or the verdict on it. new: it starts a group of lines."""
 
     cells: tuple[str, ...]
     status: str = "ok"
@@ -47,13 +47,9 @@ def listing(device: str) -> list[Sheet]:
     for name, suite in SUITES.items():
         sheet = Sheet(f"suite {name}: {suite.about}", columns, ("rows", "D", "H", "T"))
         for case in suite.cases:
-            gated = ["gated"] if case.gated else []
-            sets = [f"L={case.sets} {case.order}"] if case.sets > 1 else []
-            graph = ["CUDA graph"] if case.graph else []
-            options = [case.activation, case.norm or "no norm", case.solver, case.update, *gated, *sets, *graph]
             sizes = (str(n) for n in (case.rows, case.features, case.hidden, case.iterations))
             modes = ", ".join(case.modes)
-            sheet.lines.append(Line((case.name, case.op, *sizes, modes, case.dtype, ", ".join(options), case.source)))
+            sheet.lines.append(Line((case.name, case.op, *sizes, modes, case.dtype, ", ".join(case.options), case.source)))
         sheets.append(sheet)
     sheet = Sheet("providers", ("provider", "kind", "what", "here"))
     for provider in PROVIDERS.values():

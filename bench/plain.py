@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from .layout import Sheet
-from .run import Problem, Settings
+from .run import Settings, Target
 
 
 class Meter:
     """Which problems are done."""
 
-    def __init__(self, targets: Sequence[Problem]) -> None:
+    def __init__(self, targets: Sequence[Target]) -> None:
         self.targets, self.done = targets, 0
 
     def tell(self, what: str, share: float) -> None:
@@ -25,7 +25,7 @@ class Meter:
 
 
 @contextmanager
-def meter(targets: Sequence[Problem], providers: int, settings: Settings) -> Iterator[Meter]:
+def meter(targets: Sequence[Target], providers: int, settings: Settings) -> Iterator[Meter]:
     yield Meter(targets)
 
 

@@ -8,26 +8,26 @@ from functools import partial
 from importlib.util import find_spec
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.backends import mkldnn
 
-from score_kernels import ops
-from score_kernels.activations import ACTIVATIONS
+from score_kernels import ops, planner
 
+from . import peers
 from .cases import Case
 from .inputs import Forward, make, ours
+from .peers import eager as eager  # the one that everything is compared with
 
-NEGATIVE_SLOPE = 0.01
-EPS = 1e-5
-
-Block = Callable[[Tensor], Tensor]
+Limits = Callable[[Case, str], str | None]
 
 
 @dataclass(frozen=True)
 class Provider:
     """kind: "ours" or "peer". requires: modules that have to be installed, by `install`. compiles: its first call compiles.
 
-    kernel: it is a backend of that name, which runs on some devices and some cases only.
+    kernel: it is a backend of that name, which runs on some devices and some cases only. gpu: it makes no sense without one.
+    limits: why it does not take a case in a mode, or None. stands_for: the case that it computes in the place of the given one,
+    as much work but another function, which it is held to.
     """
 
     name: str
@@ -38,15 +38,24 @@ class Provider:
     install: str = ""
     compiles: bool = False
     kernel: bool = False
+    gpu: bool = False
+    limits: Limits = lambda case, mode: None
+    stands_for: Callable[[Case], Case] = lambda case: case
 
     def absent(self, device: str) -> str | None:
         """Why it cannot be measured on this device, or None."""
         if missing := [module for module in self.requires if find_spec(module) is None]:
             return f"{', '.join(missing)} not installed: {self.install}"
-        return ops.machine_of(torch.device(device)).triton if self.kernel else None
+        if self.gpu and not device.startswith("cuda"):
+            return "it needs a GPU"
+        if not self.kernel:
+            return None
+        return planner.MISSING.get(self.name) or ops.machine_of(torch.device(device)).triton
 
-    def refuses(self, case: Case, dtype: torch.dtype, device: str) -> str | None:
-        """Why it does not take this case, as its planner says of no rows of it; or None."""
+    def refuses(self, case: Case, mode: str, dtype: torch.dtype, device: str) -> str | None:
+        """Why it does not take this case, by its limits or as its planner says of no rows of it; or None."""
+        if reason := self.limits(case, mode):
+            return reason
         if not self.kernel:
             return None
         given = make(replace(case, rows=0), "forward", dtype, device)
@@ -57,106 +66,52 @@ class Provider:
         return None
 
 
-def _heun(k: Block, y: Tensor, dt: float) -> Tensor:
-    k1 = k(y)
-    return y + dt / 2 * (k1 + k(y + dt * k1))
-
-
-def _rk4(k: Block, y: Tensor, dt: float) -> Tensor:
-    k1 = k(y)
-    k2 = k(y + dt / 2 * k1)
-    k3 = k(y + dt / 2 * k2)
-    return y + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k(y + dt * k3))
-
-
-# One step of size dt along k(y) = F(y) - y or F(y), in the textbook's form.
-SOLVERS: dict[str, Callable[[Block, Tensor, float], Tensor]] = {
-    "euler": lambda k, y, dt: y + dt * k(y),
-    "midpoint": lambda k, y, dt: y + dt * k(y + dt / 2 * k(y)),
-    "heun": _heun,
-    "rk4": _rk4,
-}
-
-
-def eager(case: Case) -> Forward:
-    """The loop that a user would write, in the input's dtype."""
-    dt = {"contractive": 0.5, "residual": 1.0, "replace": 0.0}[case.update] if case.dt is None else case.dt
-    solve = SOLVERS[case.solver]
-    block = {"linear": _linear, "mlp": _mlp}[case.op]
-
-    def forward(h: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        sets = [{name: p[i] if case.sets > 1 else p for name, p in parameters.items()} for i in range(case.sets)]
-        for t in range(case.iterations):
-            p = sets[t * case.sets // case.iterations if case.order == "consecutive" else t % case.sets]
-            if case.update == "replace":
-                h = block(case, p, h)
-            elif case.update == "residual":
-                h = solve(partial(block, case, p), h, dt)
-            elif case.solver == "euler":
-                h = torch.lerp(h, block(case, p, h), dt)
-            else:
-                h = solve(partial(_decaying, partial(block, case, p)), h, dt)
-        return h
-
-    return forward
-
-
-def _decaying(block: Block, y: Tensor) -> Tensor:
-    return block(y) - y
-
-
-def _linear(case: Case, p: dict[str, Tensor], y: Tensor) -> Tensor:
-    return _activation(case, F.linear(_norm(case, p, y), p["weight"], p.get("bias")))
-
-
-def _mlp(case: Case, p: dict[str, Tensor], y: Tensor) -> Tensor:
-    n = _norm(case, p, y)
-    up = F.linear(n, p["w1"], p.get("b1"))
-    u = _activation(case, F.linear(n, p["w_gate"], p.get("b_gate"))) * up if case.gated else _activation(case, up)
-    return F.linear(u, p["w2"], p.get("b2"))
-
-
-def _norm(case: Case, p: dict[str, Tensor], y: Tensor) -> Tensor:
-    if case.norm is None:
-        return y
-    if case.norm == "layernorm":
-        return F.layer_norm(y, (case.features,), p.get("norm_weight"), p.get("norm_bias"), EPS)
-    return F.rms_norm(y, (case.features,), p.get("norm_weight"), EPS)
-
-
-def _activation(case: Case, a: Tensor) -> Tensor:
-    return ACTIVATIONS[case.activation].forward(a, NEGATIVE_SLOPE)
-
-
 def _without_onednn(case: Case) -> Forward:
     run = ours(case, backend="blas")
 
     def forward(h: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        with torch.backends.mkldnn.flags(enabled=False):
+        # `flags` would set tf32 too, and warns that this processor has none.
+        enabled, *_ = mkldnn.set_flags(False, _fp32_precision=None)
+        try:
             return run(h, parameters)
+        finally:
+            mkldnn.set_flags(enabled, _fp32_precision=None)
 
     return forward
 
 
-def _compiled(case: Case) -> Forward:
-    return torch.compile(eager(case))
+def _forward_only(case: Case, mode: str) -> str | None:
+    return "it saves memory between forward and backward: without backward it is eager" if mode == "forward" else None
 
 
-def _compiled_max(case: Case) -> Forward:
-    """Without its own CUDA graphs, whose inputs are copied: the harness replays one where a case says so, for everyone."""
-    return torch.compile(eager(case), mode="max-autotune-no-cudagraphs")
+def _graphed(case: Case, mode: str) -> str | None:
+    return "its own CUDA graphs cannot be captured in the one that this case replays" if case.graph else None
 
+
+# max-autotune without CUDA graphs: the harness replays one where a case says so, for everyone.
+MAX = "max-autotune-no-cudagraphs"
 
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
         Provider("eager", "peer", "the plain PyTorch loop", eager),
-        Provider("torch_compile", "peer", "torch.compile of the same loop", _compiled, compiles=True),
-        Provider("torch_compile_max", "peer", "the same with max-autotune", _compiled_max, compiles=True),
+        Provider("checkpoint", "peer", "the same, each iteration under activation checkpointing", peers.checkpointed,
+                 limits=_forward_only),
+        Provider("torch_compile", "peer", "torch.compile of the plain loop", peers.compiled, compiles=True),
+        Provider("torch_compile_max", "peer", "the same with max-autotune", partial(peers.compiled, mode=MAX), compiles=True),
+        Provider("torch_compile_graphs", "peer", "the same with max-autotune and its own CUDA graphs", peers.compiled_graphs,
+                 compiles=True, gpu=True, limits=_graphed),
+        Provider("stack", "peer", "what SCORE replaces: T layers, T times the parameters, no residual; as much work, another "
+                 "function, held to its own float64", eager, limits=peers.no_stack, stands_for=peers.stack_of),
+        Provider("torchdiffeq", "peer", "its fixed-step solvers: euler, midpoint, heun2", peers.ode, ("torchdiffeq",),
+                 "pip install torchdiffeq", limits=peers.no_ode),
+        Provider("liger", "peer", "the plain loop with Liger's SwiGLU", peers.liger, ("liger_kernel",),
+                 "pip install liger-kernel", gpu=True, limits=peers.no_swiglu),
         Provider("reference", "ours", "the oracle: the formulas as they read", partial(ours, backend="reference")),
         Provider("blas", "ours", "the kernels' algorithm in PyTorch calls", partial(ours, backend="blas")),
         Provider("triton", "ours", "the Triton kernels: one launch for all T", partial(ours, backend="triton"), kernel=True),
+        Provider("cuda", "ours", "the CUDA kernels: one launch for all T", partial(ours, backend="cuda"), kernel=True),
         Provider("auto", "ours", "what a call without backend= runs on", partial(ours, backend="auto")),
         Provider("blas_no_onednn", "ours", "the same with torch's BLAS in oneDNN's place", _without_onednn),
     )
-}
+}  # fmt: skip

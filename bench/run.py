@@ -1,4 +1,4 @@
-"""Measures cases: every provider is checked against float64 first, and only what is right is timed."""
+"""Measures targets: every provider is checked against float64 first, and only what is right is timed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,39 +16,27 @@ from score_kernels import ops
 
 from . import inputs, memory
 from .cases import Case
-from .flops import flops, traffic
+from .launches import launched, occupied
 from .measure import CallableError, Prepared, Rates, Summary, compare, graphed
-from .providers import PROVIDERS, Provider
+from .precision import DTYPES
+from .providers import Provider
+from .targets import Absent, Problem, Row, Target
+
+__all__ = ["BASELINE", "Problem", "Row", "Settings", "Target", "measure", "problems", "run"]
 
 BASELINE = "eager"
 
-# One row of a result file; `schema.json` describes it.
-Row = dict[str, Any]
-
-# Told what happens next, and which share of the problem's work was done since it was told last.
+# Told what happens next, and which share of the target's work was done since it was told last.
 Tell = Callable[[str, float], object]
-
-# What setting up and checking one provider costs, in the operations that the same time would have computed.
-SETUP_FLOPS = 2e11
 
 # From so many bytes of inputs and outputs on, a GPU's L2 cache is emptied before every call.
 FLUSH_FROM_BYTES = 8 << 20
 
-
-@dataclass(frozen=True)
-class Problem:
-    """One case in one mode and dtype: what its providers are compared on."""
-
-    case: Case
-    mode: str
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.case.name} {self.mode} {self.dtype}"
-
-    def work(self, providers: int, rounds: int) -> float:
-        """How long it takes, roughly, relative to other problems."""
-        return providers * (SETUP_FLOPS + (rounds + 4) * flops(self.case, self.mode))
+# What is filled in once it was measured.
+MEASURED = (
+    "plan", "ms_median", "ms_p20", "ms_p80", "samples", "compile_ms", "tflops", "roofline", "peak_memory_mb", "rel_error",
+    "speedup_vs_eager", "registers", "spills",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,50 +59,73 @@ def problems(cases: Sequence[Case], modes: Sequence[str], dtypes: Sequence[str])
     ]  # fmt: skip
 
 
-def measure(problem: Problem, providers: Sequence[Provider], settings: Settings, tell: Tell) -> list[Row]:
+def measure(target: Target, providers: Sequence[Provider], settings: Settings, tell: Tell) -> list[Row]:
     """One row for each provider. Nothing that a provider raises ends the run: it becomes the `error` of its row."""
-    on_gpu = settings.device.startswith("cuda")
-    share = 1 / (1 + len(providers) * (2 if settings.memory else 1) + settings.rounds)
-    rows = {provider.name: _blank(problem, provider) for provider in providers}
-    dtype = getattr(torch, problem.dtype)
+    rows = {provider.name: _blank(target, provider) for provider in providers}
     torch.compiler.reset()  # a shape compiled before would make torch.compile take this one for dynamic
-    tell(f"{problem}: float64 reference", 0)
-    try:
-        given = inputs.make(problem.case, problem.mode, dtype, settings.device)
-        expected = inputs.reference(problem.case, given, problem.mode)
-    except Exception as error:
+    precision = DTYPES[target.dtype]
+    if reason := precision.absent(settings.device):
         for row in rows.values():
-            _stop(row, "failed", f"the float64 reference raised {_text(error)}")
+            _stop(row, "absent", reason)
         return list(rows.values())
-    tell(str(problem), share)
+    share = 1 / (len(providers) * (2 if settings.memory else 1) + settings.rounds)
+    with precision.products():
+        steps = _checked(target, providers, rows, settings, tell, share)
+        _time(target, steps, rows, settings, tell, share)
+    return list(rows.values())
 
+
+def run(targets: Iterable[Target], providers: Sequence[Provider], settings: Settings, tell: Tell) -> Iterator[list[Row]]:
+    """Measures one target after the other and yields its rows as soon as they are there."""
+    for target in targets:
+        yield measure(target, providers, settings, tell)
+
+
+def memory_step(target: Target, provider: str, device: str) -> Callable[[], object]:
+    """What a child process measures the peak memory of: one whole step, forward included, on tensors that are already there."""
+    prepare, step = target.on(device).step(target.provider(provider))
+
+    def whole() -> object:
+        with DTYPES[target.dtype].products():
+            return step(prepare())
+
+    return whole
+
+
+def _checked(
+    target: Target, providers: Sequence[Provider], rows: dict[str, Row], settings: Settings, tell: Tell, share: float
+) -> dict[str, Prepared]:
+    """The steps of the providers that are right; the rows of the others say what they are instead."""
+    bench = target.on(settings.device)
     steps: dict[str, Prepared] = {}
     for provider in providers:
         row = rows[provider.name]
         with _failures(row):
-            device = settings.device
-            if reason := provider.absent(device) or provider.refuses(problem.case, dtype, device):
-                _stop(row, "absent", reason)
-                continue
-            tell(f"{problem}: checking {provider.name}", 0)
-            step = inputs.step(provider.build(problem.case), given, problem.mode)
-            _check(row, provider, step, expected, inputs.tolerance(dtype, problem.mode))
-            tell(str(problem), share)
+            tell(f"{target}: checking {provider.name}", 0)
+            step = bench.step(provider)
+            _check(row, provider, step, bench.expected(provider), bench.tolerance(provider))
+            tell(str(target), share)
             if row["status"] != "ok":
                 continue
             if settings.memory:
-                tell(f"{problem}: peak memory of {provider.name}", 0)
-                row["peak_memory_mb"] = memory.peak_in_child("bench.run:memory_step", problem, provider.name, settings.device)
-                tell(str(problem), share)
-            steps[provider.name] = graphed(step) if problem.case.graph and on_gpu else step
-    del expected
-    # What fits in the cache with room to spare is warm in use too, and there the launches are what counts.
-    flush = traffic(problem.case, problem.mode, dtype.itemsize) >= FLUSH_FROM_BYTES
+                tell(f"{target}: peak memory of {provider.name}", 0)
+                row["peak_memory_mb"] = memory.peak_in_child("bench.run:memory_step", target, provider.name, settings.device)
+                tell(str(target), share)
+            steps[provider.name] = graphed(step) if target.graph and settings.device.startswith("cuda") else step
+    return steps
+
+
+def _time(
+    target: Target, steps: dict[str, Prepared], rows: dict[str, Row], settings: Settings, tell: Tell, share: float
+) -> None:
+    """Fills the rows of the steps with their times; whoever raises meanwhile is left out and the others start again."""
 
     def on_round(done: int) -> None:
-        tell(f"{problem}: timing, round {done} of {settings.rounds}", share)
+        tell(f"{target}: timing, round {done} of {settings.rounds}", share)
 
     while steps:
+        # What fits in the cache with room to spare is warm in use too, and there the launches are what counts.
+        flush = max(rows[name]["bytes"] for name in steps) >= FLUSH_FROM_BYTES
         try:
             baseline = BASELINE if BASELINE in steps else None
             times = compare(
@@ -128,62 +138,23 @@ def measure(problem: Problem, providers: Sequence[Provider], settings: Settings,
             for name, summary in times.items():
                 _fill(rows[name], summary, settings.rates)
             break
-    return list(rows.values())
 
 
-def run(targets: Iterable[Problem], providers: Sequence[Provider], settings: Settings, tell: Tell) -> Iterator[list[Row]]:
-    """Measures one problem after the other and yields its rows as soon as they are there."""
-    for problem in targets:
-        yield measure(problem, providers, settings, tell)
-
-
-def memory_step(problem: Problem, provider: str, device: str) -> Callable[[], object]:
-    """What a child process measures the peak memory of: one whole step, forward included, on tensors that are already there."""
-    given = inputs.make(problem.case, problem.mode, getattr(torch, problem.dtype), device)
-    prepare, step = inputs.step(PROVIDERS[provider].build(problem.case), given, problem.mode)
-    return lambda: step(prepare())
-
-
-def _blank(problem: Problem, provider: Provider) -> Row:
-    case, mode, dtype = problem.case, problem.mode, problem.dtype
-    return {
-        "key": f"{case.name}/{mode}/{dtype}/{provider.name}",
-        "op": case.op,
-        "case": case.name,
-        "provider": provider.name,
-        "mode": mode,
-        "dtype": dtype,
-        "rows": case.rows,
-        "features": case.features,
-        "hidden": case.hidden,
-        "iterations": case.iterations,
-        "params": case.params,
-        "plan": None,
-        "status": "ok",
-        "error": None,
-        "ms_median": None,
-        "ms_p20": None,
-        "ms_p80": None,
-        "samples": None,
-        "compile_ms": None,
-        "tflops": None,
-        "roofline": None,
-        "peak_memory_mb": None,
-        "rel_error": None,
-        "speedup_vs_eager": None,
-        "flops": flops(case, mode),
-        "bytes": traffic(case, mode, getattr(torch, dtype).itemsize),
-    }
+def _blank(target: Target, provider: Provider) -> Row:
+    key = f"{target.name}/{target.mode}/{target.dtype}/{provider.name}"
+    names = {"key": key, "case": target.name, "provider": provider.name, "mode": target.mode, "dtype": target.dtype}
+    return {**names, **target.row(provider), "status": "ok", "error": None, **dict.fromkeys(MEASURED)}
 
 
 def _check(row: Row, provider: Provider, step: Prepared, expected: list[Tensor], tolerance: float) -> None:
-    """The first call: its plan, its time where it compiles, and its error against float64."""
+    """The first call: its plan, its time where it compiles, what its kernels occupy, and its error against float64."""
     start = time.perf_counter()
-    with ops.observe_plans() as plans, _no_compile_cache():
+    with ops.observe_plans() as plans, _no_compile_cache(), launched() as kernels:
         results = step.run(step.prepare())
     if provider.compiles:
         row["compile_ms"] = (time.perf_counter() - start) * 1e3
     row["plan"] = asdict(plans[0]) if plans else None
+    row["registers"], row["spills"] = occupied(kernels if plans else ())
     assert isinstance(results, list)
     error = inputs.relative_error(results, expected)
     row["rel_error"] = error if math.isfinite(error) else None
@@ -222,6 +193,8 @@ def _no_compile_cache() -> Iterator[None]:
 def _failures(row: Row) -> Iterator[None]:
     try:
         yield
+    except Absent as reason:
+        _stop(row, "absent", str(reason))
     except Exception as error:
         _stop(row, "failed", _text(error))
 

@@ -27,7 +27,7 @@ def run(device: str, dtype: torch.dtype) -> None:
         error = relative_error(results, reference(case, given, "training"))
         print(f"{case.name}: backend {plans[0].backend}, backward {plans[0].backward}, relative error {error:.1e}")
         assert plans[0].backend == "triton"
-        assert error <= tolerance(dtype, "training")
+        assert error <= tolerance(torch.finfo(dtype).eps, "training")
 
 
 if __name__ == "__main__":

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from bench_rows import ROW, SCHEMA, SETTINGS, TIMES, TINY, peer, quiet, rows_of
+from rich.console import Console
+from triton.runtime.jit import JITFunction
 
-from bench import inputs, memory
+from bench import console, environment, layout
 from bench.__main__ import main
-from bench.cases import MODES, SUITES, Case, select
-from bench.flops import flops, traffic
-from bench.measure import CallableError, Prepared, Rates, Summary, _cuda_ms, compare, paired_ratio, rates
+from bench.cases import MODES, Case
+from bench.measure import Rates, compare
 from bench.providers import PROVIDERS, Provider, eager
 from bench.run import Problem, Settings, measure, problems, run
+from bench.suites import SUITES, select
 
-SCHEMA = json.loads((Path(__file__).parent.parent / "bench" / "schema.json").read_text())
-TIMES = ("ms_median", "ms_p20", "ms_p80", "samples", "compile_ms", "tflops", "roofline", "speedup_vs_eager")
-
-TINY = Case("tiny", "mlp", 48, 16, 24, 3, "a test")
-SETTINGS = Settings(rounds=3)
+RESULTS = sorted((Path(environment.__file__).parent / "results").glob("*.json"))
 
 
 @pytest.fixture(autouse=True)
@@ -37,22 +36,6 @@ def _one_thread(plain_machine):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def quiet(what: str, share: float) -> None:
-    assert what
-    assert share >= 0
-
-
-def rows_of(*providers: Provider, case: Case = TINY, mode: str = "forward", dtype: str = "float32"):
-    rows = {row["provider"]: row for row in measure(Problem(case, mode, dtype), providers, SETTINGS, quiet)}
-    for row in rows.values():
-        jsonschema.validate(row, {**SCHEMA["$defs"]["row"], "$defs": SCHEMA["$defs"]})
-    return rows
-
-
-def peer(name: str, build) -> Provider:
-    return Provider(name, "peer", "made for a test", build)
 
 
 def changed_dt(case: Case):
@@ -115,10 +98,18 @@ def test_schema_refuses_times_of_a_row_that_is_not_ok():
     row = rows_of(PROVIDERS["eager"])["eager"]
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"environment": {}, "rows": []}, SCHEMA)
-    schema = {**SCHEMA["$defs"]["row"], "$defs": SCHEMA["$defs"]}
-    for bad in ({**row, "status": "wrong", "error": "text"}, {**row, "ms_median": None}, {**row, "extra": 1}):
+    without = {key: value for key, value in row.items() if key not in ("registers", "spills")}
+    jsonschema.validate(without, ROW)  # as rows of earlier versions are
+    bad = [{**row, "status": "wrong", "error": "text"}, {**row, "ms_median": None}, {**row, "extra": 1}]
+    bad += [{**row, "hidden": None}, {**row, "params": {}}, {**row, "spills": -1}]
+    for other in bad:
         with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(bad, schema)
+            jsonschema.validate(other, ROW)
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_committed_results_are_valid(path):
+    jsonschema.validate(json.loads(path.read_text()), SCHEMA)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -131,6 +122,20 @@ def test_wrong_provider_gets_no_times(mode):
     assert "expected at most" in rows["off"]["error"]
     assert rows["nan"]["rel_error"] is None
     assert "not finite" in rows["nan"]["error"]
+
+
+def test_wrong_row_is_red_and_sets_the_exit_status(monkeypatch, capsys):
+    monkeypatch.setitem(PROVIDERS, "auto", peer("auto", changed_dt))
+    arguments = ["run", "--case", "mlp-launch-bound", "--rounds", "1", "--device", "cpu", "--provider", "eager"]
+    assert main([*arguments, "--provider", "auto"]) == 1
+    assert "wrong: relative" in capsys.readouterr().out
+    out = io.StringIO()
+    monkeypatch.setattr(console, "_console", lambda: Console(file=out, force_terminal=True, color_system="standard", width=200))
+    rows = rows_of(PROVIDERS["eager"], peer("off", changed_dt))
+    console.show(layout.results({**environment.environment("cpu"), "rates": None}, list(rows.values())))
+    lines = out.getvalue().splitlines()
+    (wrong,) = (line for line in lines if "wrong:" in line)
+    assert [line for line in lines if "\x1b[1;31m" in line] == [wrong]
 
 
 def test_raising_provider_fails_and_the_run_goes_on():
@@ -167,6 +172,52 @@ def test_kernel_is_absent_on_a_cpu_unless_it_is_interpreted(monkeypatch):
     rows = rows_of(*kernels, case=replace(TINY, iterations=1), mode="training")
     assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(("eager", "triton", "auto"), "ok")
     assert (rows["triton"]["plan"]["backend"], rows["triton"]["plan"]["backward"]) == ("triton", "triton")
+    assert (rows["triton"]["registers"], rows["triton"]["spills"]) == (None, None)  # the interpreter has none
+
+
+def test_registers_and_spills_are_the_most_of_the_kernels_of_the_call(monkeypatch):
+    kernels = [SimpleNamespace(n_regs=126, n_spills=0), SimpleNamespace(n_regs=96, n_spills=12)]
+    monkeypatch.setattr(JITFunction, "run", lambda self, index: kernels[index])
+
+    def launching(backend: str):
+        def build(case: Case):
+            forward = eager(case) if backend == "eager" else PROVIDERS[backend].build(case)
+
+            def run(h, parameters):
+                for index in range(2):
+                    JITFunction.run(None, index)
+                return forward(h, parameters)
+
+            return run
+
+        return peer(backend, build)
+
+    before = JITFunction.run
+    rows = rows_of(launching("blas"), launching("eager"))
+    assert JITFunction.run is before
+    assert (rows["blas"]["registers"], rows["blas"]["spills"]) == (126, 12)
+    assert (rows["eager"]["registers"], rows["eager"]["spills"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("answers", "found"),
+    [
+        ({"event": "1980, 54, 0x0000000000000004"}, {"sm_mhz": 1980, "temperature_c": 54, "throttling": "0x0000000000000004"}),
+        (
+            {"throttle": "1410, 33, 0x0000000000000000"},
+            {"sm_mhz": 1410, "temperature_c": 33, "throttling": "0x0000000000000000"},
+        ),
+        ({"event": "[N/A], 54, 0x0", "throttle": "[N/A], 54, 0x0"}, None),
+        ({}, None),
+    ],
+)
+def test_clocks_are_nvidia_smi_s(monkeypatch, answers, found):
+    """In older drivers the reasons have another name, and the query for the newer one fails."""
+    said = {f"--query-gpu=clocks.sm,temperature.gpu,clocks_{name}_reasons.active": line for name, line in answers.items()}
+    monkeypatch.setattr(environment, "_output", lambda *command: said.get(command[1]))
+    assert environment.clocks("cuda") == found
+    assert environment.clocks("cpu") is None
+    jsonschema.validate(found, {**SCHEMA["$defs"]["clocks"], "$defs": SCHEMA["$defs"]})
 
 
 def test_case_that_the_planner_refuses_is_absent_with_its_reason(monkeypatch):
@@ -187,22 +238,6 @@ def test_roofline_is_the_share_of_the_bound_of_measured_rates():
     assert row["roofline"] == pytest.approx(bound_ms / row["ms_median"])
     (row,) = measure(Problem(TINY, "forward", "float32"), [PROVIDERS["eager"]], settings, quiet)
     assert row["roofline"] is None
-
-
-def test_rates_are_of_a_product_and_of_a_copy(monkeypatch):
-    size, results = 64, {}
-
-    def two_milliseconds(callables, rounds, *, device):
-        results.update({name: run() for name, run in callables.items()})
-        return dict.fromkeys(callables, Summary([2.0], 2.0, 2.0, 2.0))
-
-    monkeypatch.setattr("bench.measure.compare", two_milliseconds)
-    found = rates("cpu", size)
-    assert results["product"].shape == (size, size)
-    assert {x.dtype for x in results.values()} == {torch.bfloat16}
-    # 2 operations per multiply-add; every byte of the copy is read and written.
-    assert found.tflops == pytest.approx(2 * size**3 / 2e-3 / 1e12)
-    assert found.gb_per_s == pytest.approx(2 * 2 * results["copy"].numel() / 2e-3 / 1e9)
 
 
 def test_cache_is_flushed_for_what_does_not_stay_in_it(monkeypatch):
@@ -287,69 +322,6 @@ def test_compiled_provider_reports_its_compile_time():
     assert row["speedup_vs_eager"] is None
 
 
-VARIANTS = [
-    {"op": "linear", "activation": "leaky_relu", "norm": None, "hidden": 16},
-    {"gated": True, "norm": "rmsnorm", "bias": False, "activation": "silu"},
-    {"solver": "midpoint"},
-    {"solver": "heun", "dt": 0.25},
-    {"solver": "rk4", "update": "residual", "dt": None},
-    {"update": "residual", "sets": 2, "iterations": 5},
-    {"update": "replace", "dt": None, "sets": 3},
-    {"sets": 2, "order": "cyclic", "iterations": 5},
-]
-
-
-@pytest.mark.parametrize("change", VARIANTS, ids=str)
-def test_peers_compute_the_same_as_float64_reference(change):
-    case = replace(TINY, **change)
-    for mode in MODES:
-        given = inputs.make(case, mode, torch.float64, "cpu")
-        expected = inputs.reference(case, given, mode)
-        assert len(expected) == {"forward": 1, "backward": 1 + len(case.shapes), "training": 2 + len(case.shapes)}[mode]
-        for name in ("eager", "blas"):
-            step = inputs.step(PROVIDERS[name].build(case), given, mode)
-            assert inputs.relative_error(step.run(step.prepare()), expected) < 1e-13
-
-
-def test_reference_in_parts_is_the_reference(monkeypatch):
-    given = inputs.make(TINY, "training", torch.float32, "cpu")
-    whole = inputs.reference(TINY, given, "training")
-    monkeypatch.setattr(inputs, "REFERENCE_ROWS", 7)
-    assert inputs.relative_error(inputs.reference(TINY, given, "training"), whole) < 1e-13
-
-
-@pytest.mark.parametrize("mode", ["forward", "training"])
-@pytest.mark.parametrize("change", VARIANTS, ids=str)
-def test_flops_are_what_torch_counts(change, mode):
-    case = replace(TINY, **change)
-    step = inputs.step(eager(case), inputs.make(case, mode, torch.float32, "cpu"), mode)
-    with FlopCounterMode(display=False) as counter:
-        step.run(step.prepare())
-    assert flops(case, mode) == counter.get_total_flops()
-
-
-def test_traffic_is_inputs_and_outputs_once():
-    case = replace(TINY, norm=None, sets=2)
-    state, weights = 48 * 16, 2 * (2 * 16 * 24 + 16 + 24)
-    assert traffic(case, "forward", 2) == 2 * (2 * state + weights)
-    assert traffic(case, "backward", 4) == 4 * (3 * state + 2 * weights)
-    assert traffic(case, "training", 4) == 4 * (5 * state + 3 * weights)
-
-
-def test_memory_is_that_of_one_call():
-    assert memory.peak_in_child("functools:partial", torch.ones, 16_000_000) == pytest.approx(64, abs=2)
-
-
-def test_memory_excludes_what_is_there_before():
-    there = torch.ones(16_000_000)
-    assert memory.peak_in_child("functools:partial", torch.sum, there) < 2
-
-
-def test_memory_child_that_fails_says_why():
-    with pytest.raises(RuntimeError, match=r"functools:no_such.*AttributeError.*no_such"):
-        memory.peak_in_child("functools:no_such")
-
-
 def test_run_measures_memory_in_a_child():
     case = next(case for case in SUITES["quick"].cases if case.name == "mlp-launch-bound")
     settings = Settings(rounds=1, memory=True)
@@ -357,86 +329,6 @@ def test_run_measures_memory_in_a_child():
     # The output is 16.8 MB; tiles and thread pools are small beside it.
     assert (row["status"], row["error"]) == ("ok", None)
     assert row["peak_memory_mb"] == pytest.approx(32768 * 128 * 4 / 1e6, abs=8)
-
-
-def test_paired_ratio_cancels_what_both_share():
-    generator = torch.Generator().manual_seed(1)
-    drift = 1 + torch.rand(40, generator=generator, dtype=torch.float64)
-    noise = 1 + 0.02 * torch.randn(40, generator=generator, dtype=torch.float64)
-    median, low, high = paired_ratio((1.5 * drift * noise).tolist(), drift.tolist())
-    assert low <= median <= high
-    assert median == pytest.approx(1.5, abs=0.02)
-    assert high - low < 0.04
-    assert paired_ratio([3.0, 3.0], [2.0, 2.0]) == (1.5, 1.5, 1.5)
-
-
-def test_confidence_interval_covers_the_truth_as_often_as_it_says():
-    generator = torch.Generator().manual_seed(2)
-    covered = 0
-    for _ in range(100):
-        noise = torch.exp(0.1 * torch.randn(20, generator=generator, dtype=torch.float64))
-        interval = paired_ratio(noise.tolist(), [1.0] * 20)
-        covered += interval.low <= 1.0 <= interval.high
-    assert 85 <= covered <= 100
-
-
-def test_compare_interleaves_and_times_only_the_run():
-    calls: list[str] = []
-
-    def prepare() -> str:
-        time.sleep(0.05)
-        return "state"
-
-    def prepared(state: str) -> None:
-        assert state == "state"
-        calls.append("b")
-        time.sleep(0.004)
-
-    def plain() -> None:
-        calls.append("a")
-        time.sleep(0.008)
-
-    done: list[int] = []
-    times = compare({"a": plain, "b": Prepared(prepare, prepared)}, 4, baseline="a", warmup=1, on_round=done.append)
-    assert "".join(calls) == "ab" + "ab" + "ba" + "ab" + "ba"
-    assert done == [1, 2, 3, 4]
-    assert 4 <= times["b"].median_ms < 40
-    assert times["a"].speedup == (1, 1, 1)
-    assert times["b"].speedup.median == pytest.approx(
-        torch.tensor([a / b for a, b in zip(times["a"].samples_ms, times["b"].samples_ms, strict=True)]).quantile(0.5).item()
-    )
-
-
-def test_gpu_clock_flushes_before_it_starts_and_stops_after_the_run(monkeypatch):
-    """The order of things on the stream, with recorded events in place of a GPU's."""
-    order = []
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            order.append("tick")
-
-        def elapsed_time(self, end):
-            return 3.0
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
-    step = Prepared(lambda: order.append("prepare"), lambda _: order.append("run"))
-    assert _cuda_ms(step, 2, lambda: order.append("flush")) == 3.0
-    assert order == 2 * ["prepare", "flush", "tick", "run", "tick"] + ["wait"]
-
-
-def test_compare_errors():
-    with pytest.raises(ValueError, match="rounds: expected 1 or more, got 0"):
-        compare({"a": lambda: None}, 0)
-    with pytest.raises(ValueError, match="baseline: expected one of a, got 'b'"):
-        compare({"a": lambda: None}, 1, baseline="b")
-    with pytest.raises(CallableError, match="b raised") as caught:
-        compare({"a": lambda: None, "b": lambda: 1 / 0}, 1)
-    assert caught.value.name == "b"
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
 def test_cli_list_and_selection(capsys):
@@ -450,8 +342,3 @@ def test_cli_list_and_selection(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["run", "--case", "no-such-*"])
     assert "'no-such-*' matches none of: mlp-launch-bound" in capsys.readouterr().err
-
-
-def test_case_names_are_unique():
-    names = [case.name for suite in SUITES.values() for case in suite.cases]
-    assert len(set(names)) == len(names)

@@ -16,13 +16,13 @@ DOCUMENTS = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")
 
 
 def test_documents_with_tables_are_found():
-    assert {"README.md", "numerics.md"} <= {path.name for path in DOCUMENTS}
+    assert {"README.md", "numerics.md", "benchmarks.md"} <= {path.name for path in DOCUMENTS}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_tables_are_those_of_the_result_files(path):
     text = path.read_text(encoding="utf-8")
-    assert text == tables.filled(text, ROOT), f"run: python -m bench.tables {path.relative_to(ROOT)}"
+    assert text == tables.filled(text, ROOT), f"run: python -m bench report --markdown {path.relative_to(ROOT)}"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,222 @@
+"""What a user would write or pick instead of this package's ops: the plain loop, and what other projects offer for it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from score_kernels.activations import ACTIVATIONS
+
+from .cases import Case
+from .inputs import Forward
+
+NEGATIVE_SLOPE = 0.01
+EPS = 1e-5
+
+Block = Callable[[Tensor], Tensor]
+
+# What makes the hidden features of a gated block: (case, gate's input to the activation, the other factor) -> (M, H).
+Gate = Callable[[Case, Tensor, Tensor], Tensor]
+
+
+def _heun(k: Block, y: Tensor, dt: float) -> Tensor:
+    k1 = k(y)
+    return y + dt / 2 * (k1 + k(y + dt * k1))
+
+
+def _ralston(k: Block, y: Tensor, dt: float) -> Tensor:
+    k1 = k(y)
+    return y + dt / 4 * (k1 + 3 * k(y + 2 * dt / 3 * k1))
+
+
+def _rk4(k: Block, y: Tensor, dt: float) -> Tensor:
+    k1 = k(y)
+    k2 = k(y + dt / 2 * k1)
+    k3 = k(y + dt / 2 * k2)
+    return y + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k(y + dt * k3))
+
+
+# One step of size dt along k(y) = F(y) - y or F(y), in the textbook's form.
+SOLVERS: dict[str, Callable[[Block, Tensor, float], Tensor]] = {
+    "euler": lambda k, y, dt: y + dt * k(y),
+    "midpoint": lambda k, y, dt: y + dt * k(y + dt / 2 * k(y)),
+    "heun": _heun,
+    "ralston": _ralston,
+    "rk4": _rk4,
+}
+
+
+def step_size(case: Case) -> float:
+    return {"contractive": 0.5, "residual": 1.0, "replace": 0.0}[case.update] if case.dt is None else case.dt
+
+
+def plainly(case: Case, a: Tensor, up: Tensor) -> Tensor:
+    return _activation(case, a) * up
+
+
+def eager(case: Case, gate: Gate = plainly, around: Callable[[Block, Tensor], Tensor] = lambda step, h: step(h)) -> Forward:
+    """The loop that a user would write, in the input's dtype; `around` calls each of its iterations.
+
+    Iterations that no gradient reaches run without autograd, as a user would write them too.
+    """
+    steps = partial(_step, case, step_size(case), gate)
+
+    def forward(h: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        sets = parameter_sets(case, parameters)
+        with torch.no_grad():
+            for t in range(case.first_grad):
+                h = steps(sets[case.set_at(t)], h)
+        for t in range(case.first_grad, case.iterations):
+            h = around(partial(steps, sets[case.set_at(t)]), h)
+        return h
+
+    return forward
+
+
+def parameter_sets(case: Case, parameters: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The parameters of each set. Unbound together, so that their gradients are put together once, not once for each set."""
+    if case.sets == 1:
+        return [parameters]
+    sets = zip(*(p.unbind() for p in parameters.values()), strict=True)
+    return [dict(zip(parameters, tensors, strict=True)) for tensors in sets]
+
+
+def _step(case: Case, dt: float, gate: Gate, p: dict[str, Tensor], h: Tensor) -> Tensor:
+    block = partial(BLOCKS[case.op], case, gate, p)
+    if case.update == "replace":
+        return block(h)
+    if case.update == "residual":
+        return SOLVERS[case.solver](block, h, dt)
+    if case.solver == "euler":
+        return torch.lerp(h, block(h), dt)
+    return SOLVERS[case.solver](partial(_decaying, block), h, dt)
+
+
+def _decaying(block: Block, y: Tensor) -> Tensor:
+    return block(y) - y
+
+
+def _linear(case: Case, gate: Gate, p: dict[str, Tensor], y: Tensor) -> Tensor:
+    return _activation(case, F.linear(_norm(case, p, y), p["weight"], p.get("bias")))
+
+
+def _mlp(case: Case, gate: Gate, p: dict[str, Tensor], y: Tensor) -> Tensor:
+    n = _norm(case, p, y)
+    up = F.linear(n, p["w1"], p.get("b1"))
+    u = gate(case, F.linear(n, p["w_gate"], p.get("b_gate")), up) if case.gated else _activation(case, up)
+    return F.linear(u, p["w2"], p.get("b2"))
+
+
+BLOCKS: dict[str, Callable[[Case, Gate, dict[str, Tensor], Tensor], Tensor]] = {"linear": _linear, "mlp": _mlp}
+
+
+def _norm(case: Case, p: dict[str, Tensor], y: Tensor) -> Tensor:
+    if case.norm is None:
+        return y
+    if case.norm == "layernorm":
+        return F.layer_norm(y, (case.features,), p.get("norm_weight"), p.get("norm_bias"), EPS)
+    return F.rms_norm(y, (case.features,), p.get("norm_weight"), EPS)
+
+
+def _activation(case: Case, a: Tensor) -> Tensor:
+    return ACTIVATIONS[case.activation].forward(a, NEGATIVE_SLOPE)
+
+
+def checkpointed(case: Case) -> Forward:
+    """The same loop, which keeps the state of every iteration only and computes the rest again in backward."""
+
+    def around(step: Block, h: Tensor) -> Tensor:
+        result: Tensor = checkpoint(step, h, use_reentrant=False, preserve_rng_state=False)
+        return result
+
+    return eager(case, around=around)
+
+
+def compiled(case: Case, mode: str | None = None) -> Forward:
+    return torch.compile(eager(case), mode=mode)
+
+
+def compiled_graphs(case: Case) -> Forward:
+    """max-autotune with torch.compile's own CUDA graphs: a call may overwrite what the one before it returned."""
+    run = compiled(case, "max-autotune")
+
+    def forward(h: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return run(h, parameters)
+
+    return forward
+
+
+def stack_of(case: Case) -> Case:
+    """The case of T layers with parameters of their own, each of which replaces the state."""
+    return replace(case, update="replace", solver="euler", dt=None, sets=case.iterations, order="consecutive")
+
+
+# Layers from which on the gradients of a stack without residuals are noise in 16 bits; an activation with a kink adds to it.
+DEEP_STACK = {"relu": 9}
+DEEP_SMOOTH_STACK = 17
+
+
+def no_stack(case: Case, mode: str) -> str | None:
+    """Why T layers are not the same work as the case, or None."""
+    if case.solver != "euler":
+        return f"T layers do less work than T steps of {case.solver}, which calls the block several times"
+    if case.iterations >= DEEP_STACK.get(case.activation, DEEP_SMOOTH_STACK):
+        return f"{case.iterations} layers of {case.activation} without residuals have no gradients to speak of in 16 bits"
+    return "a stack has gradients through all of its layers" if case.first_grad > 0 else None
+
+
+# torchdiffeq's name of a solver with the same tableau. Its "rk4" is another method, the 3/8 rule.
+ODE_METHODS = {"euler": "euler", "midpoint": "midpoint", "heun": "heun2"}
+
+
+def no_ode(case: Case, mode: str) -> str | None:
+    """Why torchdiffeq does not solve the case, or None."""
+    if case.update == "replace":
+        return "a stack that replaces its state is no differential equation"
+    if case.sets > 1 or case.first_grad > 0 or case.iterations == 0:
+        return "a differential equation has one set of parameters, gradients through all of its steps, and steps"
+    if case.solver == "rk4":
+        return "torchdiffeq's rk4 is the 3/8 rule, another method of order 4"
+    return None if case.solver in ODE_METHODS else f"torchdiffeq has no fixed-step solver {case.solver}"
+
+
+def ode(case: Case) -> Forward:
+    """The state as the solution of dy/dt = k(y), on a grid of T steps of dt."""
+    odeint: Callable[..., Tensor] = importlib.import_module("torchdiffeq").odeint
+    method = ODE_METHODS[case.solver]
+
+    def forward(h: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        block = partial(BLOCKS[case.op], case, plainly, parameters)
+        k = block if case.update == "residual" else partial(_decaying, block)
+        grid = _grid(case.iterations, step_size(case), h.device)
+        options = {"grid_constructor": lambda f, y, t: grid}
+        return odeint(lambda t, y: k(y), h, grid[[0, -1]], method=method, options=options)[-1]
+
+    return forward
+
+
+@functools.cache
+def _grid(iterations: int, dt: float, device: torch.device) -> Tensor:
+    """Times in float64: the steps between them are dt to its last bit or so, in whatever dtype the state is."""
+    return torch.arange(iterations + 1, dtype=torch.float64, device=device) * dt
+
+
+def no_swiglu(case: Case, mode: str) -> str | None:
+    """Why Liger's SwiGLU is not in the case, or None."""
+    return None if case.op == "mlp" and case.gated and case.activation == "silu" else "it has no SwiGLU: a gated mlp with silu"
+
+
+def liger(case: Case) -> Forward:
+    """The plain loop with Liger's kernel in the place of silu(a) * up, forward and backward."""
+    function: Any = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
+    return eager(case, gate=lambda _, a, up: function.apply(a, up))
