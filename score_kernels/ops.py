@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from . import blas, planner, stages
-from .planner import INTERPRETER, Machine, Plan
+from .planner import IN_BACKWARD, INTERPRETER, Machine, Plan
 from .problem import SHAPES, Options, Problem, compute_dtype, without_autocast
 from .settings import interpreted, scratch_budget, strict
 
@@ -95,23 +96,27 @@ def _gpu(index: int) -> Machine:
     return Machine(kind, arch, properties.multi_processor_count, shared, verified=verified)
 
 
-def _planned(problem: Problem) -> Plan:
-    plan = plan_of(problem)
-    note(plan)
+def _announce(plan: Plan, *, backward: bool) -> None:
+    """Warns once, or raises where that is wanted, for every faster backend that does not run this pass."""
     for name, reason in plan.skipped:
-        text = f"score_{plan.op} runs on {plan.backend!r}, not on {name!r}: {reason}"
+        if name.endswith(IN_BACKWARD) != backward:
+            continue
+        call, runs = (f"backward of score_{plan.op}", plan.backward) if backward else (f"score_{plan.op}", plan.backend)
+        text = f"{call} runs on {runs!r}, not on {name.removesuffix(IN_BACKWARD)!r}: {reason}"
         if strict():
             raise RuntimeError(f"{text} (SCORE_KERNELS_STRICT=1)")
         if text not in _announced:
             _announced.add(text)
             warnings.warn(text, stacklevel=2)
-    return plan
 
 
 def _forward(problem: Problem, out: Tensor) -> Tensor:
     with without_autocast(problem.h.device.type):
-        plan = _planned(problem)
-        return _backend(plan.backend).forward(problem, plan, out)
+        plan = plan_of(problem)
+        note(plan)
+        _announce(plan, backward=False)
+        with record_function(f"score_kernels::{plan.op} {plan.backend} forward"):  # what a profile shows
+            return _backend(plan.backend).forward(problem, plan, out)
 
 
 def _backend(name: str) -> Any:
@@ -148,7 +153,9 @@ def _register(op: str) -> None:
         problem = Problem.build(op, (h, x0, coefficients, state_scale, x0_scale, *parameters), Options(*options))
         with without_autocast(h.device.type):
             plan = plan_of(problem)
-            return _backend(plan.backward).backward(problem, plan, grad_out, grad_states, states, needs)
+            _announce(plan, backward=True)
+            with record_function(f"score_kernels::{op} {plan.backward} backward"):
+                return _backend(plan.backward).backward(problem, plan, grad_out, grad_states, states, needs)
 
     @backward.register_fake
     def _(  # type: ignore[no-untyped-def]

@@ -5,17 +5,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from .triton_kernels.configs import CONFIGS, INTERPRETED, Config, Tile, family
+from .triton_kernels.configs import BACKWARD, FORWARD, INTERPRETED, SCALES, SLOTS, Tile, family
 
 BACKENDS = ("reference", "blas", "triton")
 
 # Backends that the design has and this version does not: what `explain` and errors say of them.
 MISSING = {"cuda": "the CUDA kernels are not part of this version"}
 
+# What the name of a backend that was not chosen for backward alone ends with.
+IN_BACKWARD = " in backward"
+
 # Working set of a tile on a CPU: within the shared cache, and large enough that starting the threads of a call costs little.
 CPU_TILE_BYTES = 8 << 20
 CPU_ROWS = (256, 8192)
 GPU_ROWS = (1024, 1 << 20)
+
+# Rows and columns of a weight gradient that one program of a library's product has.
+PRODUCT_TILE = 128
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Plan:
     """How one call runs. `skipped` holds (backend, reason) for every faster backend that was not chosen.
 
     backend, backward: who runs the two passes. blas: rows, backward_rows of a tile, a state kept every `interval` iterations.
-    triton: the tiles, `programs` of backward at a time, `chunk_rows` for each of its launches.
+    triton: the tiles, `programs` of backward at a time, `chunk_rows` for each of its launches, `parts` of a product over rows.
     """
 
     op: str
@@ -67,6 +73,7 @@ class Plan:
     backward_tile: Tile | None = None
     programs: int = 0
     chunk_rows: int = 0
+    parts: int = 1
 
     def __str__(self) -> str:
         lines = [("op", self.op), ("backend", self.backend), ("device", f"{self.device}, {self.dtype}")]
@@ -126,59 +133,64 @@ def plan(
 
     skipped = tuple(MISSING.items()) if backend == "auto" else ()
     kind = f"gated {op}" if gated else op
-    config, reason = _config(kind, features, dtype, machine, state_tiles)
+    forward, backward, reason = _tiles(kind, features, dtype, machine, state_tiles)
     if backend == "auto" and reason is None and machine.arch not in machine.verified:
         reason = f"no hardware results are committed for compute capability {machine.arch / 10}; backend='triton' selects it"
-    if config is None or reason is not None:
+    if forward is None or reason is not None:
         if backend == "triton":
             raise ValueError(f"backend='triton' cannot run this call: {reason}")
         return replace(base, skipped=(*skipped, ("triton", str(reason))))
-    base = replace(base, backend="triton", forward_tile=config.forward, skipped=skipped)
-    if config.backward is None:
+    base = replace(base, backend="triton", forward_tile=forward, skipped=skipped)
+    if backward is None:
         reason = f"backward of D = {features} does not fit in registers"
-        return replace(base, backward="blas", skipped=(*skipped, ("triton in backward", reason)))
+        return replace(base, backward="blas", skipped=(*skipped, (f"triton{IN_BACKWARD}", reason)))
     operands = 2 * features + ((3 if gated else 2) * hidden if op == "mlp" else 0)
-    ring_row = iterations * stages * operands * (4 if dtype == "float32" else 2)
-    return _backward(base, config.backward, features, ring_row, stages, machine, scratch_budget)
+    # Of a row and iteration: the ring's records, the stages' inputs and the gradients of scalars.
+    record = stages * (operands * (4 if dtype == "float32" else 2) + features * 4) + (5 * stages + SCALES) * 4
+    row = iterations * record + features * 4
+    return _backward(base, backward, features, hidden, row, machine, scratch_budget)
 
 
-def _config(kind: str, features: int, dtype: str, machine: Machine, state_tiles: int) -> tuple[Config | None, str | None]:
-    """The tiles of the Triton kernels for a call, or why it cannot have them."""
+def _tiles(
+    kind: str, features: int, dtype: str, machine: Machine, state_tiles: int
+) -> tuple[Tile | None, Tile | None, str | None]:
+    """The tiles of the Triton kernels for the two passes of a call, or why it cannot have them."""
     if machine.triton is not None:
-        return None, machine.triton
+        return None, None, machine.triton
     if dtype == "float64":
-        return None, "float64 is computed by blas"
+        return None, None, "float64 is computed by blas"
     if dtype == "float32" and not machine.tf32:
-        return None, "full float32 is computed by blas; torch.backends.cuda.matmul.allow_tf32 = True admits tf32"
+        return None, None, "full float32 is computed by blas; torch.backends.cuda.matmul.allow_tf32 = True admits tf32"
     if machine == INTERPRETER:
-        return Config(INTERPRETED, INTERPRETED), None
+        return INTERPRETED, INTERPRETED, None
     # On ROCm, where no budget has been checked, the tiles of the family with the smallest shared memory.
-    widths = CONFIGS.get(family(machine.arch) if machine.device == "cuda" else 80, {}).get((kind, state_tiles), {})
+    found = family(machine.arch) if machine.device == "cuda" else 80
+    widths = FORWARD[found].get((kind, state_tiles), {})
     # The tiles are for 16-bit operands: those of 32 bits take the registers and the shared memory of twice the width.
     operands = 2 if dtype == "float32" else 1
-    config = widths.get(max(_power_of_two(2 * features - 1), 16) * operands)
-    if config is None or config.forward is None:
-        most = max((width for width, entry in widths.items() if entry.forward is not None), default=0) // operands
-        return None, f"D = {features} does not fit in registers with this block and solver ({most} at most)"
-    if config.forward.shared > machine.shared_memory:
-        return None, f"it needs {config.forward.shared} bytes of shared memory, this device has {machine.shared_memory}"
-    return config, None
+    width = max(_power_of_two(2 * features - 1), 16) * operands
+    if width not in widths:
+        most = max(widths, default=0) // operands
+        return None, None, f"D = {features} does not fit in registers with this block and solver ({most} at most)"
+    forward = widths[width]
+    if forward.shared > machine.shared_memory:
+        return None, None, f"it needs {forward.shared} bytes of shared memory, this device has {machine.shared_memory}"
+    return forward, BACKWARD[found].get(kind, {}).get(width), None
 
 
-def _backward(base: Plan, tile: Tile, features: int, ring_row: int, stages: int, machine: Machine, scratch_budget: int) -> Plan:
-    """Programs and rows of a launch within the scratch budget; blas where not even one tile fits."""
-    # Beside the states: the inputs of a solver's stages, and dL/dx0.
-    slots = (stages if stages > 1 else 0) + 1
-    slot = tile.rows * max(_power_of_two(2 * features - 1), 16) * 4
+def _backward(base: Plan, tile: Tile, features: int, hidden: int, row: int, machine: Machine, scratch_budget: int) -> Plan:
+    """Programs and rows of a launch within the scratch budget; blas where not even one tile fits. row: bytes of a row."""
     programs = machine.multiprocessors * max(machine.shared_memory // max(tile.shared, 1), 1)
-    row = ring_row + (base.iterations + 1) * features * 4
-    chunk = (scratch_budget - programs * slots * slot) // row // tile.rows * tile.rows
+    # Two programs of a product for every multiprocessor.
+    parts = max(2 * machine.multiprocessors // (math.ceil(features / PRODUCT_TILE) * math.ceil(hidden / PRODUCT_TILE)), 1)
+    fixed = programs * SLOTS * tile.rows * max(_power_of_two(2 * features - 1), 16) * 4 + parts * features * hidden * 4
+    chunk = (scratch_budget - fixed) // row // tile.rows * tile.rows
     if tile.shared > machine.shared_memory or chunk < tile.rows:
         reason = f"backward needs more shared memory or scratch than there is ({tile.shared} bytes, {scratch_budget} bytes)"
-        return replace(base, backward="blas", skipped=(*base.skipped, ("triton in backward", reason)))
+        return replace(base, backward="blas", skipped=(*base.skipped, (f"triton{IN_BACKWARD}", reason)))
     return replace(
-        base, backward="triton", backward_tile=tile, programs=programs, chunk_rows=chunk,
-        scratch_bytes=programs * slots * slot + chunk * row,
+        base, backward="triton", backward_tile=tile, programs=programs, chunk_rows=chunk, parts=parts,
+        scratch_bytes=fixed + chunk * row,
     )  # fmt: skip
 
 

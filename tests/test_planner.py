@@ -18,7 +18,7 @@ from score_kernels import functional as SF
 from score_kernels import ops, planner
 from score_kernels.planner import INTERPRETER, Machine, plan, scratch_tiles
 from score_kernels.triton_kernels import configs
-from score_kernels.triton_kernels.configs import CONFIGS, Config, Tile
+from score_kernels.triton_kernels.configs import BACKWARD, FORWARD, Tile
 
 CALL = {
     "op": "mlp",
@@ -242,6 +242,22 @@ def test_falling_back_is_an_error_where_it_must_not_happen(monkeypatch):
         call("linear", draw(5, D), parameters("linear"))
 
 
+def test_a_fallback_of_backward_is_told_by_backward(monkeypatch):
+    """Who only infers has nothing to do with it, strict or not."""
+    original = ops.plan_of
+    skipped = ((f"triton{planner.IN_BACKWARD}", "of a test's reason"),)
+    monkeypatch.setattr(ops, "plan_of", lambda p: dataclasses.replace(original(p), skipped=skipped))
+    monkeypatch.setattr(ops, "_announced", set())
+    monkeypatch.setenv("SCORE_KERNELS_STRICT", "1")
+    out = call("linear", draw(5, D).requires_grad_(), parameters("linear"))
+    with pytest.raises(RuntimeError, match="backward of score_linear runs on 'blas', not on 'triton': of a test's reason"):
+        out.sum().backward()
+    monkeypatch.delenv("SCORE_KERNELS_STRICT")
+    out = call("linear", draw(5, D).requires_grad_(), parameters("linear"))
+    with pytest.warns(UserWarning, match="backward of score_linear runs on 'blas'"):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize("device", MACHINES)
 def test_scratch_stays_within_its_byte_budget(device):
     for budget in (1 << 20, 16 << 20, 64 << 20, 512 << 20):
@@ -254,7 +270,7 @@ def test_scratch_stays_within_its_byte_budget(device):
 
 # The Triton kernels: every tile of the table, on every architecture.
 
-KINDS = sorted({kind for table in CONFIGS.values() for kind in table})
+KINDS = sorted({kind for table in FORWARD.values() for kind in table})
 WIDTHS = (16, 32, 64, 128, 256, 512)
 # The first and the last D that a width of the table serves.
 SERVED = [(features, width) for width in WIDTHS for features in (1 if width == 16 else width // 2 + 1, width)]
@@ -269,21 +285,20 @@ def triton_call(kind, features, machine, **changes):
 @pytest.mark.parametrize("arch", GPUS)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_triton_has_the_tiles_of_the_table_or_a_reason(kind, arch):
-    table = CONFIGS.get(configs.family(arch), {}).get(kind, {})
-    most = max((width for width, config in table.items() if config.forward), default=0)
+    family = configs.family(arch)
+    forward, backward = FORWARD[family][kind], BACKWARD[family][kind[0]]
     for features, width in SERVED:
         given = triton_call(kind, features, VERIFIED[arch])
-        config = table.get(width, Config(None, None))
-        if config.forward is None:
-            reason = f"D = {features} does not fit in registers with this block and solver ({most} at most)"
-        elif config.forward.shared > GPUS[arch].shared_memory:
-            reason = f"it needs {config.forward.shared} bytes of shared memory, this device has {GPUS[arch].shared_memory}"
+        if width not in forward:
+            reason = f"D = {features} does not fit in registers with this block and solver ({max(forward)} at most)"
+        elif forward[width].shared > GPUS[arch].shared_memory:
+            reason = f"it needs {forward[width].shared} bytes of shared memory, this device has {GPUS[arch].shared_memory}"
         else:
             for backend in ("triton", "auto"):
                 found = plan(**given, backend=backend)
-                assert (found.backend, found.forward_tile) == ("triton", config.forward)
+                assert (found.backend, found.forward_tile) == ("triton", forward[width])
                 assert found.backward == ("triton" if found.backward_tile else "blas")
-                assert found.backward_tile in (config.backward, None)
+                assert found.backward_tile in (backward.get(width), None)
             continue
         with pytest.raises(ValueError, match="backend='triton' cannot run this call: ") as error:
             plan(**given, backend="triton")
@@ -293,9 +308,14 @@ def test_triton_has_the_tiles_of_the_table_or_a_reason(kind, arch):
         assert dict(fallback.skipped)["triton"] == reason
 
 
-def test_the_table_has_tiles():
-    assert KINDS
-    assert any(config.forward and config.backward for table in CONFIGS[90].values() for config in table.values())
+@pytest.mark.parametrize("family", FORWARD)
+def test_every_width_of_the_table_has_a_backward_plan(family):
+    """Nothing in the table is out of a plan's reach."""
+    machine = VERIFIED[family]
+    for kind, widths in FORWARD[family].items():
+        for width in widths:
+            found = plan(**triton_call(kind, width, machine, scratch_budget=512 << 20))
+            assert found.backward_tile == BACKWARD[family][kind[0]].get(width)
 
 
 def test_families_of_architectures():
@@ -339,7 +359,8 @@ def test_auto_takes_triton_on_verified_architectures_only():
 
 
 def with_tiles(monkeypatch, forward, backward):
-    monkeypatch.setitem(CONFIGS, 90, {("mlp", 1): {64: Config(forward, backward)}})
+    monkeypatch.setitem(FORWARD, 90, {("mlp", 1): {64: forward}})
+    monkeypatch.setitem(BACKWARD, 90, {"mlp": {64: backward} if backward else {}})
 
 
 def test_failure_case_20_shared_memory_is_checked_before_the_launch(monkeypatch):
@@ -391,13 +412,13 @@ def test_triton_stays_within_the_scratch_budget_and_uses_it(iterations, stages):
             assert found.programs >= 1
             assert found.chunk_rows >= tile
             assert found.chunk_rows % tile == 0
-            more = dataclasses.replace(found, chunk_rows=found.chunk_rows + tile)
-            row = (found.scratch_bytes - found.programs * SLOTS[stages] * tile * 64 * 4) // found.chunk_rows
-            assert more.chunk_rows * row + found.programs * SLOTS[stages] * tile * 64 * 4 > budget
-
-
-# Tiles of state for each program of backward: the inputs of an iteration's stages, and dL/dx0.
-SLOTS = {1: 1, 2: 3, 4: 5}
+            # By hand: g, dL/dx0, dL/dz and dL/dS of each program, and the parts of a weight gradient before they are added.
+            fixed = found.programs * 4 * tile * 64 * 4 + found.parts * 64 * 128 * 4
+            # Of each stage: x, g, w u and dz in 16 bits, its input, 5 scalars; of an iteration, 2 scales; h_T.
+            stage = (2 * 64 + 2 * 128) * 2 + 64 * 4 + 5 * 4
+            row = iterations * (stages * stage + 2 * 4) + 64 * 4
+            assert found.scratch_bytes == fixed + found.chunk_rows * row
+            assert fixed + (found.chunk_rows + tile) * row > budget
 
 
 def test_a_triton_plan_prints_as_a_table():

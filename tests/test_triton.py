@@ -7,12 +7,30 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import call, gradients, laid_out
+from cases import build, call, gradients, laid_out
 from kernels import Kernels, both_ops, one_element_off, random_shapes
+from triton.runtime import interpreter
 
 from score_kernels.triton_kernels import launch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the same tests on this machine's GPU")
+
+
+@both_ops
+def test_failure_case_01_rows_past_2_31_elements(op, monkeypatch):
+    """The last rows of a state of more than 2^31 elements, of which nobody touches the others, are those of a small one."""
+    features = 64
+    first, rows = 2**31 // features, 2**31 // features + 5
+    case = build(op, rows=5, features=features, hidden=16, iterations=2, dtype=torch.float16, x0="vector")
+    with torch.no_grad():
+        expected = call(case, "triton")
+        large = {name: torch.empty(rows, features, dtype=torch.float16) for name in ("h", "x0")}
+        for name, x in large.items():
+            x[first:] = case.leaves[name]
+        # The interpreter would go through two million programs before the last one.
+        monkeypatch.setattr(interpreter, "range", lambda n: range(max(n - 1, 0), n), raising=False)
+        case.arguments |= large
+        assert torch.equal(call(case, "triton")[first:], expected)
 
 
 class TestInterpreter(Kernels):

@@ -4,7 +4,8 @@ The state is a tile of float32 registers. An iteration runs the stage program of
 part, the block F between norm and update, comes in as two functions (`mlp.py`, `linear.py`):
 
     update(x, y, w, ...)   y + w F(x), the last product accumulating on the state y
-    reverse(x, g, w, ...)  (dL/dx, dL/dw) for L = <g, w F(x)>; it writes the operands of the weight gradients to the ring
+    reverse(x, g, w, ...)  dL/dx and, row by row, dL/dw for L = <g, w F(x)>; it writes what the gradients of its parameters
+                           are sums and products of to the ring
 
 `x` is the normed state rounded to the operands' dtype. Parameters come through a table of pointers, one row for each set.
 """
@@ -16,14 +17,16 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .configs import SLOTS
+
 
 class Static(NamedTuple):
     """What a kernel is specialised for.
 
     features, hidden: D, H; columns: D padded to a power of two; tile, chunk: rows of a tile, hidden features of a chunk.
     parameters: columns of the pointer table, the norm's gain and bias last; present: which of them are given.
-    gain_float32: the norm's parameters are float32, not the operands' dtype. uses_z, uses_sum: tiles that the solver needs
-    beside y. sums: floats for one set of gradients of biases, gain and norm bias, the latter two last.
+    gain_float32: the norm's parameters are float32, not the operands' dtype. uses_z, uses_sum: what the solver needs beside y.
+    records: states that the forward kernel keeps of an iteration: none, h_t, or the inputs of all stages.
     """
 
     features: int
@@ -39,7 +42,6 @@ class Static(NamedTuple):
     gain: bool
     norm_bias: bool
     gain_float32: bool
-    sums: int
     stages: int
     uses_z: bool
     uses_sum: bool
@@ -47,21 +49,14 @@ class Static(NamedTuple):
     x0: bool
     state_scale: bool
     x0_scale: bool
-    trajectory: bool = False
+    records: int = 0
     grad_trajectory: bool = False
     want_x0: bool = False
     want_scalars: bool = False
-    want_weights: bool = False
-    want_sums: bool = False
+    want_parameters: bool = False
 
 
-# Columns of the records of scalar gradients: p, q, v, w, e of every stage, then the two scales.
-SCALES = 2
-
-
-def stage_slots(stages: int) -> int:
-    """Slots of scratch for the inputs of an iteration's stages: a single stage has its input in registers."""
-    return stages if stages > 1 else 0
+_SLOTS = tl.constexpr(SLOTS)
 
 
 @triton.jit
@@ -105,9 +100,8 @@ def whiten(y, eps, S: tl.constexpr):
 
 
 @triton.jit
-def normalise(y, row, dtype, eps, S: tl.constexpr):
-    """norm(y) as an operand. The norm's parameters are the table's last two columns."""
-    x, _ = whiten(y, eps, S)
+def affine(x, row, dtype, S: tl.constexpr):
+    """What follows `whiten` in a norm, rounded to an operand. The norm's parameters are the table's last two columns."""
     if S.gain:
         x = x * gain(row, S.parameters - 2, dtype, S)[None, :]
     if S.norm_bias:
@@ -116,31 +110,17 @@ def normalise(y, row, dtype, eps, S: tl.constexpr):
 
 
 @triton.jit
-def normalise_backward(dx, y, row, sums, dtype, eps, S: tl.constexpr):
-    """dL/dy from dx = dL/dnorm(y), adding the gradients of gain and bias to the last 2 D floats of `sums`."""
-    column = tl.arange(0, S.columns)
-    inside = column < S.features
-    x, deviation = whiten(y, eps, S)
-    if S.want_sums:
-        at = sums + tl.arange(0, S.columns)
-        if S.gain:
-            add(at, tl.sum(dx * x, 0), inside)
-        if S.norm_bias:
-            add(at + S.features, tl.sum(dx, 0), inside)
+def normalise_backward(dx, y, row, dtype, eps, S: tl.constexpr):
+    """dL/dy from dx = dL/dnorm(y)"""
     if S.norm == "none":
         return dx
+    x, deviation = whiten(y, eps, S)
     if S.gain:
         dx = dx * gain(row, S.parameters - 2, dtype, S)[None, :]
     along = tl.sum(dx * x, 1) / S.features
     if S.norm == "layernorm":
-        dx = tl.where(inside[None, :], dx - (tl.sum(dx, 1) / S.features)[:, None], 0.0)
+        dx = tl.where(tl.arange(0, S.columns)[None, :] < S.features, dx - (tl.sum(dx, 1) / S.features)[:, None], 0.0)
     return (dx - x * along[:, None]) * deviation[:, None]
-
-
-@triton.jit
-def add(at, value, mask):
-    """at <- at + value for addresses that this program alone writes, once between two barriers."""
-    tl.store(at, tl.load(at, mask=mask, other=0.0) + value, mask=mask)
 
 
 @triton.jit
@@ -180,7 +160,8 @@ def start(y, x0, state_scale, x0_scale, t, S: tl.constexpr):
 @triton.jit
 def stage_update(y, z, total, c, row, dtype, eps, slope, UPDATE: tl.constexpr, S: tl.constexpr):
     """p z + q y + v S + w F(y)"""
-    x = normalise(y, row, dtype, eps, S)
+    x, _ = whiten(y, eps, S)
+    x = affine(x, row, dtype, S)
     y = y * tl.load(c + 1)
     if S.uses_z:
         y += tl.load(c) * z
@@ -190,29 +171,11 @@ def stage_update(y, z, total, c, row, dtype, eps, slope, UPDATE: tl.constexpr, S
 
 
 @triton.jit
-def advance(
-    y, x0, coefficients, state_scale, x0_scale, table, t, iterations, sets, dtype, eps, slope,
-    UPDATE: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
-    """h_t becomes h_{t+1}."""
-    row, _ = table_row(table, t, iterations, sets, S)
-    y = start(y, x0, state_scale, x0_scale, t, S)
-    z = y
-    total = tl.full((S.tile, S.columns), 0.0, tl.float32) if S.uses_sum else 0.0
-    for stage in range(S.stages):
-        c = coefficients + (t * S.stages + stage) * 5
-        if S.uses_sum:
-            total += tl.load(c + 4) * y
-        y = stage_update(y, z, total, c, row, dtype, eps, slope, UPDATE, S)
-    return y
-
-
-@triton.jit
 def forward_kernel(
     h, x0, out, states, table, coefficients, state_scale, x0_scale, rows, iterations, first, sets, eps, slope,
     UPDATE: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """out = h_T for one tile of rows; with `S.trajectory`, states (T+1-first, rows, D) from h_first on as well."""
+    """out = h_T for one tile of rows; with `S.records`, states (records * (T-first) + 1, rows, D) from h_first on as well."""
     first_row = tl.program_id(0).to(tl.int64) * S.tile
     live, at, there = tile_of(rows - first_row, S)
     begin = first_row * S.features
@@ -220,138 +183,146 @@ def forward_kernel(
     dtype = h.dtype.element_ty
     y = load_tile(h + begin + there, S)
     for t in range(iterations):
-        if S.trajectory:
-            tl.store(states + ((t - first) * size + begin) + at, y, mask=live & (t >= first))
-        y = advance(
-            y, x0 + begin + there, coefficients, state_scale, x0_scale, table, t, iterations, sets, dtype, eps, slope, UPDATE, S
-        )  # fmt: skip
-    if S.trajectory:
-        tl.store(states + ((iterations - first) * size + begin) + at, y, mask=live)
+        record = states + ((t - first) * S.records * size + begin)
+        if S.records > 0:
+            tl.store(record + at, y, mask=live & (t >= first))
+        row, _ = table_row(table, t, iterations, sets, S)
+        y = start(y, x0 + begin + there, state_scale, x0_scale, t, S)
+        z = y
+        total = tl.full((S.tile, S.columns), 0.0, tl.float32) if S.uses_sum else 0.0
+        for stage in range(S.stages):
+            c = coefficients + (t * S.stages + stage) * 5
+            if S.records > 1:
+                tl.store(record + stage * size + at, y, mask=live & (t >= first) & (stage > 0))
+            if S.uses_sum:
+                total += tl.load(c + 4) * y
+            y = stage_update(y, z, total, c, row, dtype, eps, slope, UPDATE, S)
+    if S.records > 0:
+        tl.store(states + ((iterations - first) * S.records * size + begin) + at, y, mask=live)
     tl.store(out + begin + at, y.to(dtype), mask=live)
 
 
 @triton.jit
 def backward_kernel(
-    x0, states, grad_out, grad_states, grad_h, grad_x0, scratch, ring, sums, scalars,
-    table, coefficients, state_scale, x0_scale,
+    x0, states, grad_out, grad_states, grad_h, grad_x0, scratch, ring, scalars, table, coefficients, state_scale, x0_scale,
     rows, states_rows, grad_rows, iterations, first, sets, eps, slope,
-    UPDATE: tl.constexpr, REVERSE: tl.constexpr, S: tl.constexpr,
+    REVERSE: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """Gradients of `rows` rows from their states: the tiles are dealt to the programs in turn.
 
-    states: h_first, h_first+1, ..., `states_rows` rows apart; grad_states: dL/dh_0, dL/dh_1, ..., `grad_rows` rows apart.
-    `scratch` has float32 slots for each program: the inputs of an iteration's stages, and dL/dx0. `ring` receives what the
-    weight gradients are products of, `sums` (programs, sets, S.sums) the gradients of biases and norms, `scalars`
-    (tiles, T, stages * 5 + SCALES) those of the coefficients and scales.
+    states: the inputs of all stages from iteration `first` on (of a first stage, h_t), `states_rows` rows apart; grad_states:
+    dL/dh_0, dL/dh_1, ..., `grad_rows` rows apart. `scratch` has SLOTS float32 tiles for each program. `ring` receives what the
+    gradients of the parameters are computed from, `scalars` (T-first, stages * 5 + SCALES, rows) the gradients of coefficients
+    and scales, row by row.
     """
     dtype = grad_h.dtype.element_ty
     size = tl.full((), S.features, tl.int64) * states_rows
     grad_size = tl.full((), S.features, tl.int64) * grad_rows
     slot: tl.constexpr = S.tile * S.columns
     local = tl.arange(0, S.tile)[:, None] * S.columns + tl.arange(0, S.columns)[None, :]
-    kept: tl.constexpr = S.stages if S.stages > 1 else 0
-    inputs = scratch + tl.program_id(0).to(tl.int64) * ((kept + 1) * slot) + local
-    dx0 = inputs + kept * slot
+    own = scratch + tl.program_id(0).to(tl.int64) * (_SLOTS * slot) + local
     for tile in range(tl.program_id(0), tl.cdiv(rows, S.tile), tl.num_programs(0)):
         first_row = tl.full((), S.tile, tl.int64) * tile
         live, at, there = tile_of(rows - first_row, S)
         begin = first_row * S.features
         g = tl.load(grad_out + begin + at, mask=live, other=0.0).to(tl.float32)
         if S.want_x0:
-            tl.store(dx0, tl.full((S.tile, S.columns), 0.0, tl.float32))
-            tl.debug_barrier()
+            keep(own, tl.full((S.tile, S.columns), 0.0, tl.float32))
         for back in range(iterations - first):
             t = iterations - 1 - back
             if S.grad_trajectory:
                 g += tl.load(grad_states + ((t + 1) * grad_size + begin) + at, mask=live, other=0.0)
             g = reverse(
-                states + ((t - first) * size + begin) + there, g, x0 + begin + there, dx0, inputs, at, live,
-                ring, sums, scalars, tile, first_row, coefficients, state_scale, x0_scale, table, t, iterations, first, rows,
-                sets, dtype, eps, slope, UPDATE, REVERSE, S,
+                states + ((t - first) * S.stages * size + begin) + there, size, g, x0 + begin + there, own, at, live,
+                ring, scalars, first_row, coefficients, state_scale, x0_scale, table, t, iterations, first, rows,
+                sets, dtype, eps, slope, REVERSE, S,
             )  # fmt: skip
         if S.grad_trajectory:
             g += tl.load(grad_states + begin + at, mask=live, other=0.0)
         tl.store(grad_h + begin + at, tl.where(first == 0, g, 0.0).to(dtype), mask=live)
         if S.want_x0:
-            tl.debug_barrier()
-            tl.store(grad_x0 + begin + at, tl.load(dx0).to(dtype), mask=live)
-            tl.debug_barrier()
+            tl.store(grad_x0 + begin + at, tl.load(own).to(dtype), mask=live)
 
 
 @triton.jit
-def stage_input(s, state, x0, inputs, state_scale, x0_scale, t, S: tl.constexpr):
+def stage_input(s, state, size, x0, state_scale, x0_scale, t, S: tl.constexpr):
     """The input of a stage, from memory: a second reading costs less than the registers to hold it through the products."""
-    if S.stages > 1:
-        return tl.load(inputs + s * (S.tile * S.columns))
-    else:
-        return start(load_tile(state, S), x0, state_scale, x0_scale, t, S)
+    y = load_tile(state + s * size, S)
+    if s == 0:
+        y = start(y, x0, state_scale, x0_scale, t, S)
+    return y
+
+
+@triton.jit
+def keep(at, value):
+    """at <- value in the program's scratch: other threads may have read what was there, and may read this from here on."""
+    tl.debug_barrier()
+    tl.store(at, value)
+    tl.debug_barrier()
 
 
 @triton.jit
 def reverse(
-    state, g, x0, dx0, inputs, at, live, ring, sums, scalars, tile, ring_row,
+    state, size, g, x0, own, at, live, ring, scalars, ring_row,
     coefficients, state_scale, x0_scale, table, t, iterations, first, ring_rows, sets, dtype, eps, slope,
-    UPDATE: tl.constexpr, REVERSE: tl.constexpr, S: tl.constexpr,
+    REVERSE: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """From the addresses of h_t and g = dL/dh_{t+1} to dL/dh_t; everything else is written or accumulated."""
+    """From the addresses of h_t and g = dL/dh_{t+1} to dL/dh_t; everything else is written or accumulated.
+
+    dL/dx0, dL/dz and dL/dS are added up in scratch, and g waits there for the products: every solver takes Euler's registers.
+    """
     slot: tl.constexpr = S.tile * S.columns
-    row, index = table_row(table, t, iterations, sets, S)
-    sums += (tl.program_id(0) * sets + index) * S.sums
+    row, _ = table_row(table, t, iterations, sets, S)
     coefficients += t * S.stages * 5
-    scalars += (tile * iterations + t) * (S.stages * 5 + 2)
-    if S.stages > 1:
-        y = start(load_tile(state, S), x0, state_scale, x0_scale, t, S)
-        z = y
-        total = tl.full((S.tile, S.columns), 0.0, tl.float32) if S.uses_sum else 0.0
-        for stage in range(S.stages - 1):
-            c = coefficients + stage * 5
-            tl.store(inputs + stage * slot, y)
-            if S.uses_sum:
-                total += tl.load(c + 4) * y
-            y = stage_update(y, z, total, c, row, dtype, eps, slope, UPDATE, S)
-        tl.store(inputs + (S.stages - 1) * slot, y)
-        tl.debug_barrier()
-    gz = tl.full((S.tile, S.columns), 0.0, tl.float32) if S.uses_z else 0.0
-    gtotal = tl.full((S.tile, S.columns), 0.0, tl.float32) if S.uses_sum else 0.0
-    capacity = tl.full((), S.stages, tl.int64) * (iterations - first) * ring_rows
+    alive = tl.sum(live.to(tl.int32), 1) > 0
+    one = tl.full((), 1, tl.int64)
+    scalars += one * (t - first) * (S.stages * 5 + 2) * ring_rows + ring_row + tl.arange(0, S.tile)
+    capacity = one * S.stages * (iterations - first) * ring_rows
     for done in range(S.stages):
         s = S.stages - 1 - done
         c = coefficients + s * 5
-        record = ((t - first) * S.stages + s) * tl.full((), 1, tl.int64) * ring_rows + ring_row
-        y = stage_input(s, state, x0, inputs, state_scale, x0_scale, t, S)
-        if S.uses_sum:
-            gtotal += tl.load(c + 2) * g
-        if S.want_scalars:
-            z = tl.load(inputs) if S.stages > 1 else y
-            tl.store(scalars + s * 5, tl.sum(g * z))
-            tl.store(scalars + s * 5 + 1, tl.sum(g * y))
-            if S.uses_sum:
-                total = tl.full((S.tile, S.columns), 0.0, tl.float32)
-                for i in range(s + 1):
-                    total += tl.load(coefficients + i * 5 + 4) * tl.load(inputs + i * slot)
-                tl.store(scalars + s * 5 + 2, tl.sum(g * total))
-                tl.store(scalars + s * 5 + 4, tl.sum(gtotal * y))
-        x = normalise(y, row, dtype, eps, S)
-        dx, dw = REVERSE(x, g, tl.load(c + 3), row, ring, record, capacity, at, sums, dtype, slope, live, S)
-        if S.want_scalars:
-            tl.store(scalars + s * 5 + 3, dw)
+        record = one * ((t - first) * S.stages + s) * ring_rows + ring_row
         if S.uses_z:
-            gz += tl.load(c) * g
+            gz = tl.load(c) * g
+            keep(own + slot, gz if done == 0 else gz + tl.load(own + slot))
+        if S.uses_sum:
+            gtotal = tl.load(c + 2) * g
+            keep(own + 2 * slot, gtotal if done == 0 else gtotal + tl.load(own + 2 * slot))
+        keep(own + 3 * slot, g)
+        x, _deviation = whiten(stage_input(s, state, size, x0, state_scale, x0_scale, t, S), eps, S)
+        if S.want_parameters:
+            tl.store(ring + record * S.features + at, x.to(dtype), mask=live)
+        x = affine(x, row, dtype, S)
+        dx, dw = REVERSE(x, g, tl.load(c + 3), row, ring, record, capacity, at, dtype, slope, live, S)
+        g = tl.load(own + 3 * slot)
+        y = stage_input(s, state, size, x0, state_scale, x0_scale, t, S)
+        if S.want_scalars:
+            field = scalars + s * 5 * ring_rows
+            z = stage_input(0, state, size, x0, state_scale, x0_scale, t, S) if S.stages > 1 else y
+            tl.store(field, tl.sum(g * z, 1), mask=alive)
+            tl.store(field + ring_rows, tl.sum(g * y, 1), mask=alive)
+            tl.store(field + 3 * ring_rows, dw, mask=alive)
+            if S.uses_sum:
+                along = tl.full((S.tile,), 0.0, tl.float32)
+                for i in range(s + 1):
+                    y_i = stage_input(i, state, size, x0, state_scale, x0_scale, t, S)
+                    along += tl.load(coefficients + i * 5 + 4) * tl.sum(g * y_i, 1)
+                tl.store(field + 2 * ring_rows, along, mask=alive)
+                tl.store(field + 4 * ring_rows, tl.sum(tl.load(own + 2 * slot) * y, 1), mask=alive)
         g = tl.load(c + 1) * g
         if S.uses_sum:
-            g += tl.load(c + 4) * gtotal
-        y = stage_input(s, state, x0, inputs, state_scale, x0_scale, t, S)
-        g += normalise_backward(dx, y, row, sums + S.sums - 2 * S.features, dtype, eps, S)
-        tl.debug_barrier()
+            g += tl.load(c + 4) * tl.load(own + 2 * slot)
+        g += normalise_backward(dx, y, row, dtype, eps, S)
     if S.uses_z:
-        g += gz
+        g += tl.load(own + slot)
     if S.want_scalars:
+        field = scalars + S.stages * 5 * ring_rows
         if S.state_scale:
-            tl.store(scalars + S.stages * 5, tl.sum(g * load_tile(state, S)))
+            tl.store(field, tl.sum(g * load_tile(state, S), 1), mask=alive)
         if S.x0_scale:
-            tl.store(scalars + S.stages * 5 + 1, tl.sum(g * load_tile(x0, S)))
+            tl.store(field + ring_rows, tl.sum(g * load_tile(x0, S), 1), mask=alive)
     if S.want_x0:
-        tl.store(dx0, tl.load(dx0) + (g * tl.load(x0_scale + t) if S.x0_scale else g))
+        keep(own, tl.load(own) + (g * tl.load(x0_scale + t) if S.x0_scale else g))
     if S.state_scale:
         g = g * tl.load(state_scale + t)
     return g

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,40 +13,42 @@ from torch import Tensor
 
 from score_kernels import stages
 from score_kernels.planner import Plan
-from score_kernels.problem import LEADING, SHAPES, Problem
+from score_kernels.problem import LEADING, Problem
 
-from .configs import Tile
-from .iterate import SCALES, Static, backward_kernel, forward_kernel, stage_slots
+from .configs import SCALES, SLOTS, Tile
+from .iterate import Static, backward_kernel, forward_kernel
 from .linear import linear_reverse, linear_update
 from .mlp import mlp_reverse, mlp_update
+from .ring import Layer, Ring
+
+# The pointer table, coefficients and scales: what every launch of a call reads.
+Tables = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class Op:
-    """The parts of an op's kernels, and what a backward launch leaves for the host to add up.
-
-    ring: fields of the ring with their widths ("D" or "H"). products: weight -> (left, right) fields, its gradient being
-    left^T right. sums: the biases, in the order of their gradients.
-    """
+class Op(NamedTuple):
+    """The parts of an op's kernels. fields: of the ring, with their widths, "D" or "H"; layers: what they are for."""
 
     update: Any
     reverse: Any
-    ring: dict[str, str]
-    products: dict[str, tuple[str, str]]
-    sums: tuple[str, ...]
+    fields: dict[str, str]
+    layers: tuple[Layer, ...]
 
 
 OPS = {
-    "linear": Op(linear_update, linear_reverse, {"x": "D", "da": "D"}, {"weight": ("da", "x")}, ("bias",)),
+    "linear": Op(linear_update, linear_reverse, {"x": "D", "da": "D"}, (Layer("weight", "bias", "da", "x"),)),
     "mlp": Op(
         mlp_update,
         mlp_reverse,
         {"x": "D", "g": "D", "u": "H", "dz": "H", "dgate": "H"},
-        {"w1": ("dz", "x"), "w2": ("g", "u"), "w_gate": ("dgate", "x")},
-        ("b1", "b2", "b_gate"),
+        (
+            Layer("w1", "b1", "dz", "x"),
+            Layer("w2", "b2", "g", "u", unscaled=True),
+            Layer("w_gate", "b_gate", "dgate", "x"),
+        ),
     ),
 }
-NORM_SUMS = ("norm_weight", "norm_bias")
+
+NORM = ("norm_weight", "norm_bias")
 
 # Bytes that Triton may take for granted of a parameter's address.
 ALIGNMENT = 16
@@ -59,7 +60,7 @@ def forward(problem: Problem, plan: Plan, out: Tensor) -> Tensor:
     h, keep = _flat(problem.h, problem), problem.options.trajectory
     trajectory = h.new_empty((problem.iterations + 1, *problem.h.shape) if keep else 0, dtype=torch.float32)
     last = out.view(h.shape) if out.is_contiguous() else torch.empty_like(h)
-    _walk(problem, plan, h, _flat(problem.x0, problem), last, trajectory if keep else None, 0)
+    _walk(problem, plan, h, _flat(problem.x0, problem), last, _tables(problem), trajectory if keep else None, 0, 1)
     if not out.is_contiguous():
         out.copy_(last.view(out.shape))
     return trajectory
@@ -75,119 +76,105 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of the inputs whose flag in `needs` is set, in the order of `Problem.build`; a missing gradient is zero.
 
-    Chunks of rows, so that what a launch leaves behind is bounded: forward once more, keeping the chunk's states unless the
-    trajectory was saved; then the backward kernel; then the weight gradients as products of what it wrote to the ring.
+    Chunks of rows, so that what a launch leaves behind is bounded: forward once more, keeping the inputs of the chunk's stages
+    unless the trajectory that was saved has them; then the backward kernel; then the sums and products of what that wrote.
     """
     given, problem = problem, _prepared(problem)
     op, tile = OPS[problem.op], plan.backward_tile
     assert tile is not None
-    h, x0 = _flat(problem.h, problem), _flat(problem.x0, problem)
+    h, x0, features = _flat(problem.h, problem), _flat(problem.x0, problem), problem.features
     rows, first = min(plan.chunk_rows, h.shape[0]), problem.first_grad
-    wanted = Wanted.of(problem, needs)
+    iterations, stages_ = problem.iterations - first, problem.coefficients.shape[1]
+    names = [name for name, tensors in problem.parameters.items() for _ in tensors]
+    parameters = {name for name, need in zip(names, needs[LEADING:], strict=True) if need}
+    width = {"D": features, "H": problem.hidden}
+    fields = {name: width[w] for name, w in op.fields.items() if name != "dgate" or problem.gated}
+    layers = tuple(layer for layer in op.layers if layer.left in fields)
+    ring = Ring(problem, fields, layers, parameters, rows, plan.parts)
     static = _static(
-        problem, tile, grad_trajectory=grad_trajectory is not None, want_x0=wanted.x0, want_scalars=wanted.scalars,
-        want_weights=bool(wanted.weights), want_sums=wanted.sums,
+        problem, tile, grad_trajectory=grad_trajectory is not None, want_x0=needs[1], want_scalars=any(needs[2:LEADING]),
+        want_parameters=bool(parameters),
     )  # fmt: skip
     programs = min(plan.programs, triton.cdiv(rows, tile.rows))
-    width = {"D": problem.features, "H": problem.hidden}
-    fields = {name: width[w] for name, w in op.ring.items() if name != "dgate" or problem.gated}
-    records = (problem.iterations - first) * static.stages
 
     float32 = functools.partial(torch.empty, dtype=torch.float32, device=h.device)
-    walked = float32((problem.iterations + 1 - first) * h[:rows].numel() if trajectory is None else 0)
-    scratch = float32(programs * (stage_slots(static.stages) + 1) * tile.rows * static.columns)
-    ring = h.new_empty(records * rows * sum(fields.values()) if wanted.weights else 0)
-    sums = float32(programs, problem.sets, static.sums).zero_()
-    scalars = float32(triton.cdiv(rows, tile.rows), problem.iterations, static.stages * 5 + SCALES).zero_()
-    totals = torch.zeros(scalars.shape[1:], dtype=torch.float64, device=h.device)
-    weights = {name: float32(problem.sets, *problem.parameters[name][0].shape).zero_() for name in wanted.weights}
-    grad_h, grad_x0 = torch.empty_like(h), torch.empty_like(h if wanted.x0 else h[:0])
+    # A trajectory has the inputs of first stages only.
+    saved = None if trajectory is None or stages_ > 1 else trajectory.view(problem.iterations + 1, *h.shape)[first:]
+    walked = float32((iterations * stages_ + 1) * rows * features if saved is None else 0)
+    scratch = float32(programs * SLOTS * tile.rows * static.columns)
+    fields_of_scalars = stages_ * 5 + SCALES
+    scalars = float32(iterations * fields_of_scalars * rows if static.want_scalars else 0)
+    totals = torch.zeros(problem.iterations, fields_of_scalars, dtype=torch.float64, device=h.device)
+    grad_h, grad_x0 = torch.empty_like(h), torch.empty_like(h if needs[1] else h[:0])
     grad_out = torch.zeros_like(h) if grad_out is None else _flat(grad_out, problem)
-    saved = None if trajectory is None else trajectory.view(problem.iterations + 1, *h.shape)[first:]
     grad_states = None if grad_trajectory is None else grad_trajectory.reshape(problem.iterations + 1, *h.shape).contiguous()
 
+    tables = _tables(problem)
     for start in range(0, h.shape[0], max(rows, 1)):
         chunk = slice(start, min(start + rows, h.shape[0]))
         count = chunk.stop - chunk.start
         if saved is None:
-            states = walked[: (problem.iterations + 1 - first) * count * problem.features].view(-1, count, problem.features)
+            states = walked[: (iterations * stages_ + 1) * count * features].view(-1, count, features)
             # The last state is not needed: it goes where the gradient of h will be.
-            _walk(problem, plan, h[chunk], x0[chunk], grad_h[chunk], states, first)
+            _walk(problem, plan, h[chunk], x0[chunk], grad_h[chunk], tables, states, first, stages_)
         else:
             states = saved[:, chunk]
-        tiles = triton.cdiv(count, tile.rows)
+        # What the kernel does not write is 0: fields that this solver does not have.
+        written = scalars[: iterations * fields_of_scalars * count if static.want_scalars else 0].zero_()
         _launch(
-            backward_kernel[(min(programs, tiles),)], tile,
+            backward_kernel[(min(programs, triton.cdiv(count, tile.rows)),)], tile,
             x0[chunk], states, grad_out[chunk], states if grad_states is None else grad_states[:, chunk],
-            grad_h[chunk], grad_x0[chunk], scratch, ring, sums, scalars, *_tables(problem),
-            count, states.stride(0) // problem.features, h.shape[0], problem.iterations, first, problem.sets,
-            problem.options.eps, problem.options.negative_slope, UPDATE=op.update, REVERSE=op.reverse, S=static,
+            grad_h[chunk], grad_x0[chunk], scratch, ring.records, written, *tables,
+            count, states.stride(0) // features, h.shape[0], problem.iterations, first, problem.sets,
+            problem.options.eps, problem.options.negative_slope, REVERSE=op.reverse, S=static,
         )  # fmt: skip
-        totals += scalars[:tiles].sum(0, dtype=torch.float64)
-        if wanted.weights:
-            _add_weights(weights, op, _fields(ring, fields, problem, static.stages, count), problem)
-    return _collect(given, needs, grad_h, grad_x0, totals, sums.sum(0, dtype=torch.float64), weights, static.stages)
+        if static.want_scalars:
+            totals[first:] += written.view(iterations, fields_of_scalars, count).sum(-1, dtype=torch.float64)
+        if ring.layers:
+            ring.add(count)
+    return _collect(given, needs, grad_h, grad_x0, totals, ring.gradients())
 
 
-class Wanted(NamedTuple):
-    """What the caller wants gradients of: x0; coefficients or scales; weights by name; any bias or norm parameter."""
-
-    x0: bool
-    scalars: bool
-    weights: tuple[str, ...]
-    sums: bool
-
-    @classmethod
-    def of(cls, problem: Problem, needs: Sequence[bool]) -> Wanted:
-        op = OPS[problem.op]
-        names = [name for name, tensors in problem.parameters.items() for _ in tensors]
-        wanted = {name for name, need in zip(names, needs[LEADING:], strict=True) if need}
-        weights = tuple(name for name in op.products if name in wanted)
-        return cls(needs[1], any(needs[2:LEADING]), weights, bool(wanted & {*op.sums, *NORM_SUMS}))
-
-
-def _walk(problem: Problem, plan: Plan, h: Tensor, x0: Tensor, out: Tensor, states: Tensor | None, first: int) -> None:
-    """Forward: h_T of these rows into `out`, and h_first, ..., h_T into `states`."""
+def _walk(
+    problem: Problem,
+    plan: Plan,
+    h: Tensor,
+    x0: Tensor,
+    out: Tensor,
+    tables: Tables,
+    states: Tensor | None,
+    first: int,
+    records: int,
+) -> None:
+    """Forward: h_T of these rows into `out`; into `states`, if given, `records` of each iteration from `first` on, and h_T."""
     tile = plan.forward_tile
     assert tile is not None
     if h.shape[0] == 0:
         return
     _launch(
         forward_kernel[(triton.cdiv(h.shape[0], tile.rows),)], tile,
-        h, x0, out, out if states is None else states, *_tables(problem), h.shape[0], problem.iterations, first, problem.sets,
+        h, x0, out, out if states is None else states, *tables, h.shape[0], problem.iterations, first, problem.sets,
         problem.options.eps, problem.options.negative_slope,
-        UPDATE=OPS[problem.op].update, S=_static(problem, tile, trajectory=states is not None),
+        UPDATE=OPS[problem.op].update, S=_static(problem, tile, records=0 if states is None else records),
     )  # fmt: skip
 
 
-def _add_weights(weights: dict[str, Tensor], op: Op, ring: dict[str, Tensor], problem: Problem) -> None:
-    """Adds the products of a launch to the weight gradients (L, ...)."""
-    for name, gradient in weights.items():
-        left, right = (ring[field] for field in op.products[name])
-        for index in range(problem.sets):
-            records = _records(problem, index)
-            gradient[index] += _product(left[records], right[records])
-
-
 def _collect(
-    problem: Problem, needs: Sequence[bool], grad_h: Tensor, grad_x0: Tensor, scalars: Tensor, sums: Tensor,
-    weights: dict[str, Tensor], stages_: int,
-) -> list[Tensor]:  # fmt: skip
+    problem: Problem, needs: Sequence[bool], grad_h: Tensor, grad_x0: Tensor, scalars: Tensor, parameters: dict[str, Tensor]
+) -> list[Tensor]:
     """The gradients that are wanted, in the order and dtypes of the inputs."""
     leading = (problem.h, problem.x0, problem.coefficients, problem.state_scale, problem.x0_scale)
-    table = scalars[:, :-SCALES].unflatten(1, (stages_, 5))
+    table = scalars[:, :-SCALES].unflatten(1, (-1, 5))
     found = [
         gradient.to(like.dtype).view(like.shape)
         for need, gradient, like in zip(needs, (grad_h, grad_x0, table, scalars[:, -2], scalars[:, -1]), leading, strict=False)
         if need and like is not None
     ]
-    offsets = dict(zip((*OPS[problem.op].sums, *NORM_SUMS), _sum_offsets(problem), strict=True))
     flags = iter(needs[LEADING:])
     for name, tensors in problem.parameters.items():
         for index, parameter in enumerate(tensors):
             if next(flags):
-                start = offsets.get(name, 0)
-                sets = weights[name] if name in weights else sums[:, start : start + parameter.numel()]
+                sets = parameters[name]
                 # Copies: an operator's outputs must not share memory.
                 found.append((sets[index] if len(tensors) > 1 else sets.sum(0)).to(parameter.dtype, copy=True))
     return found
@@ -203,7 +190,7 @@ def _flat(x: Tensor | None, problem: Problem) -> Tensor:
     return (problem.h if x is None else x).reshape(-1, problem.features).contiguous()
 
 
-def _static(problem: Problem, tile: Tile, **flags: bool) -> Static:
+def _static(problem: Problem, tile: Tile, **flags: Any) -> Static:
     options, parameters = problem.options, problem.parameters
     norms = [*parameters["norm_weight"], *parameters["norm_bias"]]
     return Static(
@@ -220,7 +207,6 @@ def _static(problem: Problem, tile: Tile, **flags: bool) -> Static:
         gain=bool(parameters["norm_weight"]),
         norm_bias=bool(parameters["norm_bias"]),
         gain_float32=bool(norms) and norms[0].dtype == torch.float32,
-        sums=_sum_offsets(problem)[-1] + problem.features,
         stages=problem.coefficients.shape[1],
         uses_z=options.solver in stages.SOLVERS and stages.uses_z(options.solver),
         uses_sum=stages.uses_sum(options.solver),
@@ -232,20 +218,13 @@ def _static(problem: Problem, tile: Tile, **flags: bool) -> Static:
     )
 
 
-def _sum_offsets(problem: Problem) -> list[int]:
-    """Where the gradients of biases, gain and norm bias start in a set's part of `sums`."""
-    width = {"D": problem.features, "H": problem.hidden}
-    names = (*OPS[problem.op].sums, *NORM_SUMS)
-    return list(accumulate((width[SHAPES[problem.op][name]] for name in names[:-1]), initial=0))
-
-
 def _prepared(problem: Problem) -> Problem:
     """The parameters as the kernels read them: contiguous, at aligned addresses, gain and bias of the norm in one dtype.
 
     The new problem holds the copies that this takes for as long as the launches need them.
     """
-    norm = {p.dtype for name in NORM_SUMS for p in problem.parameters[name]}
-    dtypes = dict.fromkeys(NORM_SUMS, torch.float32) if len(norm) > 1 else {}
+    norm = {p.dtype for name in NORM for p in problem.parameters[name]}
+    dtypes = dict.fromkeys(NORM, torch.float32) if len(norm) > 1 else {}
 
     def ready(p: Tensor, dtype: torch.dtype) -> Tensor:
         p = p.to(dtype).contiguous()
@@ -257,7 +236,7 @@ def _prepared(problem: Problem) -> Problem:
     return replace(problem, parameters=parameters, coefficients=coefficients, state_scale=state_scale, x0_scale=x0_scale)
 
 
-def _tables(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _tables(problem: Problem) -> Tables:
     """Pointers (L, parameters), coefficients and scales; a scale that is not given is never read."""
     rows = []
     for index in range(problem.sets):

@@ -1,6 +1,7 @@
 """`linear` on a tile of rows: F(x) = act(x W^T + b). Its activation follows the product, which so has a tile of its own.
 
-Table columns: weight, bias, norm_weight, norm_bias. Ring: x, da (D wide).
+Table columns: weight, bias, norm_weight, norm_bias. Ring: x, da (D wide), x being
+the normed state without gain and bias.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .activations import activate, derivative
-from .iterate import add, parameter, vector
+from .iterate import parameter, vector
 
 
 @triton.jit
@@ -35,17 +36,12 @@ def linear_update(x, y, w, row, dtype, slope, S: tl.constexpr):
 
 
 @triton.jit
-def linear_reverse(x, g, w, row, ring, record, capacity, at, sums, dtype, slope, live, S: tl.constexpr):
-    d = tl.arange(0, S.columns)
+def linear_reverse(x, g, w, row, ring, record, capacity, at, dtype, slope, live, S: tl.constexpr):
     a = _product(x, row, dtype, S)
-    dw = 0.0
+    dw = tl.full((S.tile,), 0.0, tl.float32)
     if S.want_scalars:
-        dw += tl.sum(g * activate(a, slope, S))
-    da = w * g * derivative(a, slope, S)
-    if S.want_sums and S.present[1]:
-        add(sums + d, tl.sum(da, 0), d < S.features)
-    da = da.to(dtype)
-    if S.want_weights:
-        tl.store(ring + record * S.features + at, x, mask=live)
+        dw += tl.sum(g * activate(a, slope, S), 1)
+    da = (w * g * derivative(a, slope, S)).to(dtype)
+    if S.want_parameters:
         tl.store(ring + (capacity + record) * S.features + at, da, mask=live)
     return tl.dot(da, _weight(row, dtype, S), input_precision=S.precision), dw

@@ -1,7 +1,8 @@
 """`mlp` on a tile of rows: F(x) = u W2^T + b2 with u = act(x W1^T + b1), or gated u = act(x Wg^T + bg) * (x W1^T + b1).
 
 The hidden features go by in chunks, so that the tile of them is small; the last product accumulates on the state.
-Table columns: w1, b1, w2, b2, w_gate, b_gate, norm_weight, norm_bias. Ring: x, g (D wide), w u, dz, dgate (H wide).
+Table columns: w1, b1, w2, b2, w_gate, b_gate, norm_weight, norm_bias. Ring: x, g (D wide), w u, dz, dgate (H wide), x being
+the normed state without gain and bias.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .activations import activate, derivative
-from .iterate import add, parameter, vector
+from .iterate import parameter, vector
 
 
 @triton.jit
@@ -55,27 +56,21 @@ def mlp_update(x, y, w, row, dtype, slope, S: tl.constexpr):
 
 
 @triton.jit
-def mlp_reverse(x, g, w, row, ring, record, capacity, at, sums, dtype, slope, live, S: tl.constexpr):
-    d = tl.arange(0, S.columns)
-    i = tl.arange(0, S.tile)
+def mlp_reverse(x, g, w, row, ring, record, capacity, at, dtype, slope, live, S: tl.constexpr):
     operand = g.to(dtype)
     dx = tl.full((S.tile, S.columns), 0.0, tl.float32)
-    # <g, F(x)>, row by row.
+    # <g, F(x)>
     dw = tl.full((S.tile,), 0.0, tl.float32)
-    if S.present[3]:
-        if S.want_scalars:
-            dw += tl.sum(g * vector(row, 3, dtype, d, S.features)[None, :], 1)
-        if S.want_sums:
-            add(sums + S.hidden + d, w * tl.sum(g, 0), d < S.features)
-    if S.want_weights:
-        tl.store(ring + record * S.features + at, x, mask=live)
+    if S.want_scalars and S.present[3]:
+        dw += tl.sum(g * vector(row, 3, dtype, tl.arange(0, S.columns), S.features)[None, :], 1)
+    if S.want_parameters:
         tl.store(ring + (capacity + record) * S.features + at, operand, mask=live)
     ring += capacity * (2 * S.features) + record * S.hidden
     inside = tl.sum(live.to(tl.int32), 1) > 0
     for c in range(0, S.hidden, S.chunk):
         j = c + tl.arange(0, S.chunk)
         alive = inside[:, None] & (j[None, :] < S.hidden)
-        hidden = ring + i[:, None] * S.hidden + j[None, :]
+        hidden = ring + tl.arange(0, S.tile)[:, None] * S.hidden + j[None, :]
         up = _product(x, row, 0, 1, dtype, c, S)
         du = tl.dot(operand, tl.trans(_columns_of(row, 2, dtype, c, S)), input_precision=S.precision)
         if S.present[4]:
@@ -84,20 +79,16 @@ def mlp_reverse(x, g, w, row, ring, record, capacity, at, sums, dtype, slope, li
             u = opened * up
             dgate = w * du * up * derivative(gate, slope, S)
             dz = w * du * opened
-            if S.want_weights:
+            if S.want_parameters:
                 tl.store(hidden + capacity * (2 * S.hidden), dgate.to(dtype), mask=alive)
-            if S.want_sums and S.present[5]:
-                add(sums + S.hidden + S.features + j, tl.sum(dgate, 0), j < S.hidden)
             dx = tl.dot(dgate.to(dtype), _rows_of(row, 4, dtype, c, S), dx, input_precision=S.precision)
         else:
             u = activate(up, slope, S)
             dz = w * du * derivative(up, slope, S)
         if S.want_scalars:
             dw += tl.sum(du * u, 1)
-        if S.want_weights:
+        if S.want_parameters:
             tl.store(hidden, (w * u).to(dtype), mask=alive)
             tl.store(hidden + capacity * S.hidden, dz.to(dtype), mask=alive)
-        if S.want_sums and S.present[1]:
-            add(sums + j, tl.sum(dz, 0), j < S.hidden)
         dx = tl.dot(dz.to(dtype), _rows_of(row, 0, dtype, c, S), dx, input_precision=S.precision)
-    return dx, tl.sum(dw)
+    return dx, dw
