@@ -83,7 +83,7 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize(("change", "refusing"), VARIANTS, ids=str)
+@pytest.mark.parametrize(("change", "refusing"), VARIANTS, ids=lambda v: str(sorted(v) if isinstance(v, set) else v))
 def test_providers_compute_the_same_as_float64_reference(change, refusing):
     case = replace(TINY, **change)
     providers = [PROVIDERS[name] for name in ("eager", "checkpoint", "stack", "torchdiffeq", "blas")]
