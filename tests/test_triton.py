@@ -11,7 +11,7 @@ from cases import build, call, gradients, laid_out
 from kernels import Kernels, both_ops, one_element_off, random_shapes
 from triton.runtime import interpreter
 
-from score_kernels.triton_kernels import launch
+from score_kernels.triton_kernels import launch, ring
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the same tests on this machine's GPU")
 
@@ -31,6 +31,14 @@ def test_failure_case_01_rows_past_2_31_elements(op, monkeypatch):
         monkeypatch.setattr(interpreter, "range", lambda n: range(max(n - 1, 0), n), raising=False)
         case.arguments |= large
         assert torch.equal(call(case, "triton")[first:], expected)
+
+
+@pytest.mark.parametrize("rows", [1, 255, 512, 1024, 1030])
+@pytest.mark.parametrize("parts", [1, 3, 4])
+def test_a_product_in_parts_has_all_its_rows(rows, parts):
+    left, right = torch.randn(rows, 3), torch.randn(rows, 5)
+    found = ring._product(left, right, parts)
+    torch.testing.assert_close(found.double(), left.double().T @ right.double(), rtol=1e-4, atol=1e-4)
 
 
 class TestInterpreter(Kernels):
