@@ -172,9 +172,10 @@ def test_quick_suite_runs_under_pytest_benchmark(tmp_path):
     saved = tmp_path / "saved.json"
     command = [sys.executable, "-m", "pytest", "bench/", "--benchmark-only", "-q", "-p", "no:cacheprovider"]
     command += ["-k", "launch-bound and (eager or blas)", f"--benchmark-json={saved}"]
-    run = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
-    )
+    # A worker of pytest-xdist hands down that it is one, which switches benchmarks off.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["OMP_NUM_THREADS"] = "1"
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     benchmarks = json.loads(saved.read_text())["benchmarks"]
     assert [bench["group"] for bench in benchmarks] == ["mlp-launch-bound forward float32"] * 2
