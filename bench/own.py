@@ -10,9 +10,8 @@ from typing import Any, get_type_hints
 
 import torch
 
-from score_kernels.activations import ACTIVATIONS
-from score_kernels.problem import NORMS, SHAPES
-from score_kernels.stages import SOLVERS
+from score_kernels.arguments import NAMES
+from score_kernels.problem import SHAPES
 
 from .cases import Case
 from .inputs import make, ours
@@ -20,14 +19,7 @@ from .inputs import make, ours
 # Fields of a case that are no options of a call, or have flags of their own.
 NOT_FLAGS = ("name", "source", "modes", "dtype")
 
-CHOICES: dict[str, Iterable[str]] = {
-    "op": SHAPES,
-    "activation": ACTIVATIONS,
-    "norm": NORMS,
-    "update": ("contractive", "residual", "replace"),
-    "solver": SOLVERS,
-    "order": ("consecutive", "cyclic"),
-}
+CHOICES: dict[str, Iterable[str]] = {"op": SHAPES, **NAMES}
 FIELDS = [field for field in fields_of(Case) if field.name not in NOT_FLAGS]
 
 

@@ -27,7 +27,7 @@ class Call(NamedTuple):
 Parameter = Tensor | Sequence[Tensor]
 
 # Options that are names, and the names they take.
-_NAMES: dict[str, Collection[str]] = {
+NAMES: dict[str, Collection[str]] = {
     "activation": ACTIVATIONS,
     "norm": NORMS,
     "update": (*stages.UPDATES, "replace"),
@@ -246,7 +246,7 @@ def _span(x: Tensor) -> tuple[int, int]:
 
 def check_options(options: Mapping[str, Any]) -> None:
     """The options of a call, or those of them that a module is given: known names, numbers in their range."""
-    for name, known in _NAMES.items():
+    for name, known in NAMES.items():
         if name in options:
             one_of(name, options[name], known)
     backend, dt, solver = options.get("backend", "auto"), options.get("dt"), options.get("solver", "euler")
