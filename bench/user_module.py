@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from score_kernels import convert
+
 from .flops import PASSES
 from .inputs import Inputs, step, tolerance
 from .measure import Prepared
@@ -32,7 +34,7 @@ def converted(module: nn.Module) -> nn.Module:
     """The module after `convert`, in place; raises Absent with its report where that finds nothing to replace."""
     before = [type(part) for part in module.modules()]
     try:
-        report = importlib.import_module("score_kernels.convert").convert(module)
+        report = convert(module)
     except Exception as error:
         raise Absent(f"score_kernels.convert raised {type(error).__name__}: {error}") from error
     if [type(part) for part in module.modules()] == before:

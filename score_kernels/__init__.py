@@ -6,18 +6,17 @@ Everything is loaded on first use: importing this package imports neither torch 
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import autograd, functional
-    from .convert import convert, revert
+    from .conversion import convert, revert
     from .fused import FusedSequential
     from .modules import ScoreLinear, ScoreMLP
     from .plans import available_backends, explain
-    from .share import share
+    from .sharing import share
 
 # Public name -> module that holds it; a module's own name stands for the module.
 _PUBLIC = {
@@ -26,11 +25,11 @@ _PUBLIC = {
     "ScoreMLP": "modules",
     "autograd": "autograd",
     "available_backends": "plans",
-    "convert": "convert",
+    "convert": "conversion",
     "explain": "plans",
     "functional": "functional",
-    "revert": "convert",
-    "share": "share",
+    "revert": "conversion",
+    "share": "sharing",
 }
 
 __all__ = [
@@ -45,13 +44,6 @@ __all__ = [
     "revert",
     "share",
 ]
-
-
-class CallableModule(ModuleType):
-    """A module named after its function: importing it puts it in the function's place here, so it can be called as well."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
 
 
 def __getattr__(name: str) -> Any:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import pickle
-import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import jsonschema
 import pytest
@@ -154,7 +152,7 @@ def refusing(model):
 
 
 def rows_of_module(monkeypatch, path, convert, **options):
-    monkeypatch.setitem(sys.modules, "score_kernels.convert", SimpleNamespace(convert=convert))
+    monkeypatch.setattr(user_module, "convert", convert)
     problems = user_module.problems(str(path), options.get("shape"), options.get("modes", ()), options.get("dtypes", ()))
     providers = list(user_module.PROVIDERS.values())
     rows = [row for problem in problems for row in measure(problem, providers, SETTINGS, quiet)]
@@ -247,7 +245,7 @@ def test_module_that_cannot_be_measured_is_told(file, module, flags, said, capsy
 
 
 def test_run_of_a_module_writes_a_valid_result(monkeypatch, file, tmp_path):
-    monkeypatch.setitem(sys.modules, "score_kernels.convert", SimpleNamespace(convert=converting(Fused)))
+    monkeypatch.setattr(user_module, "convert", converting(Fused))
     path = tmp_path / "result.json"
     flags = ["--module", f"{file}:bare", "--input-shape", "4,16", "--rounds", "1", "--device", "cpu", "--json", str(path)]
     assert main(["run", *flags]) == 0

@@ -465,11 +465,11 @@ def test_arguments():
     assert sk.convert(model).replaced
 
 
-def test_the_module_is_the_function_too():
-    """Importing the modules `convert` and `share` puts them in the functions' place: they can be called."""
-    for name in ("convert", "share"):
-        module = importlib.import_module(f"score_kernels.{name}")
-        assert getattr(sk, name) is module
+def test_the_public_names_are_the_functions():
+    """Whatever was imported before: no module has the name of a function."""
+    for name, holder in (("convert", "conversion"), ("revert", "conversion"), ("share", "sharing")):
+        module = importlib.import_module(f"score_kernels.{holder}")
+        assert getattr(sk, name) is getattr(module, name)
         assert module.__doc__
-    function = importlib.import_module("score_kernels.convert").convert
+    function = importlib.import_module("score_kernels.conversion").convert
     assert sk.convert(nn.Sequential(*layers(2, 16))) == function(nn.Sequential(*layers(2, 16)))
