@@ -92,10 +92,9 @@ def rooflines(result: Result, rows: Sequence[Row]) -> Plot:
 
 def errors(result: Result) -> Plot:
     """The error of every row in shares of what it may be."""
-    limits = {key: tolerance(DTYPES[key[2]].eps, key[1]) for key in result.problems}
     shares = {
-        (line, name): row["rel_error"] / limits[key]
-        for line, (key, rows) in enumerate(result.problems.items())
+        (line, name): row["rel_error"] / tolerance(DTYPES[row["dtype"]].eps, row["mode"], row["params"].get("update"))
+        for line, rows in enumerate(result.problems.values())
         for name, row in rows.items()
         if row["rel_error"]
     }

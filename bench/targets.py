@@ -130,9 +130,8 @@ class CaseBench:
         return self.answers[case]
 
     def tolerance(self, provider: Provider) -> float:
-        # A stack that replaces its state passes on what its layers round, and more of it, as a chain of gradients does.
-        mode = "training" if provider.stands_for(self.problem.case).update == "replace" else self.problem.mode
-        return inputs.tolerance(DTYPES[self.problem.dtype].eps, mode)
+        update = provider.stands_for(self.problem.case).update
+        return inputs.tolerance(DTYPES[self.problem.dtype].eps, self.problem.mode, update)
 
     def _given(self, case: Case) -> Inputs:
         if case not in self.given:

@@ -15,7 +15,7 @@ import torch
 
 from score_kernels import ops
 
-from .inputs import relative_error, tolerance
+from .inputs import relative_error
 from .precision import DTYPES
 from .providers import PROVIDERS, Provider
 from .suites import SUITES
@@ -48,7 +48,7 @@ def test_quick(problem: Problem, provider: Provider, benchmark: Any) -> None:
         with ops.observe_plans() as plans:
             results: Any = step.run(step.prepare())
         error = relative_error(results, bench.expected(provider))
-        assert error <= tolerance(DTYPES[problem.dtype].eps, problem.mode), f"{provider.name} is wrong"
+        assert error <= bench.tolerance(provider), f"{provider.name} is wrong"
         del results
         benchmark.group = str(problem)
         benchmark.extra_info.update(rel_error=error, backend=plans[0].backend if plans else None)
