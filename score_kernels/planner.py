@@ -168,7 +168,7 @@ def _tiles(
     widths = FORWARD[found].get((kind, state_tiles), {})
     # The tiles are for 16-bit operands: those of 32 bits take the registers and the shared memory of twice the width.
     operands = 2 if dtype == "float32" else 1
-    width = max(_power_of_two(2 * features - 1), 16) * operands
+    width = _columns(features) * operands
     if width not in widths:
         most = max(widths, default=0) // operands
         return None, None, f"D = {features} does not fit in registers with this block and solver ({most} at most)"
@@ -183,7 +183,7 @@ def _backward(base: Plan, tile: Tile, features: int, hidden: int, row: int, mach
     programs = machine.multiprocessors * max(machine.shared_memory // max(tile.shared, 1), 1)
     # Two programs of a product for every multiprocessor.
     parts = max(2 * machine.multiprocessors // (math.ceil(features / PRODUCT_TILE) * math.ceil(hidden / PRODUCT_TILE)), 1)
-    fixed = programs * SLOTS * tile.rows * max(_power_of_two(2 * features - 1), 16) * 4 + parts * features * hidden * 4
+    fixed = programs * SLOTS * tile.rows * _columns(features) * 4 + parts * features * hidden * 4
     chunk = (scratch_budget - fixed) // row // tile.rows * tile.rows
     if tile.shared > machine.shared_memory or chunk < tile.rows:
         reason = f"backward needs more shared memory or scratch than there is ({tile.shared} bytes, {scratch_budget} bytes)"
@@ -204,6 +204,11 @@ def _rows(state: int, hidden: int, device: str, budget: int) -> int:
     (low, high), size = (CPU_ROWS, CPU_TILE_BYTES) if device == "cpu" else (GPU_ROWS, budget)
     fit = size // (2 * state + 2 * hidden)
     return min(max(_power_of_two(fit), low), high)
+
+
+def _columns(features: int) -> int:
+    """D padded as the Triton kernels pad it: to a power of two, 16 or more."""
+    return max(_power_of_two(2 * features - 1), 16)
 
 
 def _power_of_two(limit: int) -> int:

@@ -19,7 +19,7 @@ from .configs import SCALES, SLOTS, Tile
 from .iterate import Static, backward_kernel, forward_kernel
 from .linear import linear_reverse, linear_update
 from .mlp import mlp_reverse, mlp_update
-from .ring import Layer, Ring
+from .ring import NORM, Layer, Ring
 
 # The pointer table, coefficients and scales: what every launch of a call reads.
 Tables = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -47,8 +47,6 @@ OPS = {
         ),
     ),
 }
-
-NORM = ("norm_weight", "norm_bias")
 
 # Bytes that Triton may take for granted of a parameter's address.
 ALIGNMENT = 16

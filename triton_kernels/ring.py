@@ -29,7 +29,8 @@ class Layer(NamedTuple):
     unscaled: bool = False
 
 
-# Where the norm's gain and bias stand before a layer, its right field is the normed state without them.
+# The norm's gain and bias. Where they stand before a layer, its right field is the normed state without them.
+NORM = ("norm_weight", "norm_bias")
 NORMED = "x"
 
 # A part of a product has at least so many rows, that it costs more than to add it up.
@@ -44,7 +45,7 @@ class Ring:
     ) -> None:
         self.problem, self.parts, self.fields = problem, parts, fields
         self.iterations, self.stages = problem.iterations - problem.first_grad, problem.coefficients.shape[1]
-        before = {"norm_weight", "norm_bias"} & wanted
+        before = wanted.intersection(NORM)
         self.layers = [e for e in layers if {e.weight, e.bias} & wanted or (e.right == NORMED and before)]
         size = self.iterations * self.stages * rows * sum(fields.values()) if self.layers else 0
         self.records = problem.h.new_empty(size)
@@ -80,7 +81,7 @@ class Ring:
             found[layer.bias] = total
             if layer.right == NORMED:
                 weight = torch.stack(self.problem.parameters[layer.weight]).float()
-                gain, bias = (self._stacked(name) for name in ("norm_weight", "norm_bias"))
+                gain, bias = (self._stacked(name) for name in NORM)
                 for name, share in (("norm_weight", weight * product), ("norm_bias", weight * total[:, :, None])):
                     found[name] = found.get(name, 0) + share.sum(1)
                 product = product if gain is None else product * gain[:, None]
