@@ -229,6 +229,13 @@ def test_tf32_is_absent_on_a_cpu_and_set_on_a_gpu(monkeypatch):
     assert inputs.tolerance(DTYPES["tf32"].eps, "forward") == inputs.tolerance(DTYPES["float16"].eps, "forward")
 
 
+def test_a_stack_that_replaces_its_state_is_held_to_the_bound_of_gradients():
+    for precision in DTYPES.values():
+        training = inputs.tolerance(precision.eps, "training")
+        assert inputs.tolerance(precision.eps, "forward", "replace") == training
+        assert inputs.tolerance(precision.eps, "forward", "residual") < training
+
+
 def test_reference_in_parts_is_the_reference(monkeypatch):
     given = inputs.make(TINY, "training", torch.float32, "cpu")
     whole = inputs.reference(TINY, given, "training")
