@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import takewhile
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import comparison, flat, layout, own, profiling, report, user_module
+from . import comparison, flat, layout, own, profiling, report, resultfile, user_module
 from .cases import MODES
 from .environment import clocks, environment
 from .measure import rates
@@ -61,19 +62,20 @@ def _run(options: argparse.Namespace) -> int:
     end = time.monotonic() + 60 * options.minutes
     screen = _screen()
     done = 0
-    with screen.meter(targets, len(providers), settings) as meter:
+    # Interrupted, it tells what it has, as it does when its time is over.
+    with suppress(KeyboardInterrupt), screen.meter(targets, len(providers), settings) as meter:
         for measured in run(takewhile(lambda _: time.monotonic() < end, targets), providers, settings, meter.tell):
             meter.next()
             done += 1
             rows += measured
             where["clocks"]["after"] = clocks(options.device)
             if options.json is not None:
-                options.json.write_text(json.dumps({"environment": where, "rows": rows}, indent=1, allow_nan=False) + "\n")
+                resultfile.write(options.json, where, rows)
             if options.csv is not None:
                 flat.write(options.csv, rows)
     screen.show(layout.results(where, rows))
     for target in targets[done:]:
-        print(f"not measured, no time left (--resume goes on): {target}", file=sys.stderr)
+        print(f"not measured (--resume goes on): {target}", file=sys.stderr)
     return int(any(row["status"] in ("wrong", "failed") for row in rows))
 
 

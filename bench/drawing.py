@@ -14,6 +14,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from .providers import title
 from .resultfile import Key, Result
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, without the ones that vanish on white or black. There is one
@@ -135,7 +136,7 @@ def logarithmic(axes: Axes, which: str, values: Sequence[float], unit: str = "")
 
 def legend(figure: Figure) -> None:
     """Each provider once, above everything."""
-    handles = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
+    handles = {title(str(line.get_label())): line for axes in figure.axes for line in axes.get_lines()}
     handles = {name: line for name, line in handles.items() if not name.startswith("_")}
     columns = max(int(figure.get_figwidth() / LEGEND_INCHES), 1)
     figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=min(len(handles), columns))

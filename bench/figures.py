@@ -6,9 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .drawing import TEXT, by_problem, drawn, height, legend, logarithmic, mark, offset, style
-from .inputs import tolerance
 from .measure import CONFIDENCE
-from .precision import DTYPES
 from .resultfile import Result, ratio
 from .run import BASELINE, Row
 
@@ -34,7 +32,7 @@ def plots(result: Result) -> Iterator[Plot]:
         yield speedups(result)
     if products := [row for row in timed if row["tflops"]]:  # a module of the user's own may have none
         yield rooflines(result, products)
-    if any(row["rel_error"] for row in result.rows):
+    if any(map(_share, result.rows)):
         yield errors(result)
     for axis in AXES:
         for name, rows in sweeps(result, axis).items():
@@ -76,12 +74,13 @@ def rooflines(result: Result, rows: Sequence[Row]) -> Plot:
         if rates:
             ridge = rates["tflops"] / rates["gb_per_s"] * 1e3
             x = [min(*intensity, ridge) / 2, ridge, max(*intensity, ridge) * 2]
-            axes.plot(x, [min(rates["tflops"], at * rates["gb_per_s"] / 1e3) for at in x], color=TEXT, linewidth=1, gid="roof")
+            roof = [min(rates["tflops"], at * rates["gb_per_s"] / 1e3) for at in x]
+            axes.plot(x, roof, color=TEXT, linewidth=1, gid="roof", label="roof")
         for row, at in zip(rows, intensity, strict=True):
             axes.plot(at, row["tflops"], label=row["provider"], **style(result, row["provider"]))
         legend(figure)
     known = (
-        f"The line is what was measured on the same machine: {rates['tflops']:.0f} TFLOP/s in bfloat16 products, "
+        f"The roof is what was measured on the same machine: {rates['tflops']:.0f} TFLOP/s in bfloat16 products, "
         f"{rates['gb_per_s']:.0f} GB/s in copies. "
         if rates
         else "The machine's own rates were not measured in this run, so there is no roof. "
@@ -93,10 +92,10 @@ def rooflines(result: Result, rows: Sequence[Row]) -> Plot:
 def errors(result: Result) -> Plot:
     """The error of every row in shares of what it may be."""
     shares = {
-        (line, name): row["rel_error"] / tolerance(DTYPES[row["dtype"]].eps, row["mode"], row["params"].get("update"))
+        (line, name): share
         for line, rows in enumerate(result.problems.values())
         for name, row in rows.items()
-        if row["rel_error"]
+        if (share := _share(row))
     }
     with drawn(height(result, 3)) as (figure, out):
         axes = by_problem(figure, result)
@@ -111,6 +110,11 @@ def errors(result: Result) -> Plot:
         "norm(result - exact) / norm(exact), exact being the same inputs in float64; the worst of all outputs and gradients."
     )
     return Plot("How exact", caption, out.getvalue())
+
+
+def _share(row: Row) -> float | None:
+    """How much of its tolerance a row's error takes; None where it has none: rows of earlier versions do not say it."""
+    return row["rel_error"] / row["tolerance"] if row["rel_error"] and row.get("tolerance") else None
 
 
 def sweeps(result: Result, axis: str) -> dict[str, list[Row]]:
@@ -128,7 +132,7 @@ def sweeps(result: Result, axis: str) -> dict[str, list[Row]]:
 
 def sweep(result: Result, name: str, axis: str, rows: Sequence[Row]) -> Plot:
     """Time, and memory where it was measured, as one option grows."""
-    panels = {"ms_median": "ms", "peak_memory_mb": "peak memory, MB"}
+    panels = {"ms_median": "time of a call, ms", "peak_memory_mb": "peak memory, MB"}
     panels = {key: label for key, label in panels.items() if any(row[key] for row in rows)}
     with drawn(3.0, 4.1 * len(panels)) as (figure, out):
         for axes, (key, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):

@@ -2,7 +2,8 @@
 
 It needs a GPU, torch, triton and pytest, no network, and installs nothing. Every step has a time limit and a log in DIR; a step
 that fails never hides the others. `summary.json` holds the verdicts: passed, failed, timed out, or absent where this machine
-lacks what the step needs. Called again with the same DIR, the benchmark goes on where it stopped.
+lacks what the step needs. Called again with the same DIR, the benchmarks go on where they stopped: torch.compile takes longer
+than all the rest, so the headline suite is measured without it first.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 from xml.etree import ElementTree
@@ -25,6 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The benchmark is told to begin nothing new after this share of its time: the problem under way has the rest.
 BENCH_SHARE = 0.6
+
+# What a step whose time is over has left to say what it found: interrupted, pytest tells of the tests that failed.
+LAST_WORDS = 5.0
 
 FIND_GPU = "import torch; print(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.version.cuda)"
 
@@ -60,34 +66,41 @@ class Verdict:
 
 def untested(out: Path) -> str | None:
     """A run of tests that were all skipped shows nothing."""
-    suites = ElementTree.parse(out / "tests.xml").getroot().iter("testsuite")
+    suites = (suite for path in out.glob("part-*.xml") for suite in ElementTree.parse(path).getroot().iter("testsuite"))
     counts = [(int(suite.get("tests", 0)), int(suite.get("skipped", 0))) for suite in suites]
     ran = sum(tests - skipped for tests, skipped in counts)
     return None if ran > 0 else "no test ran: all were skipped"
 
 
-def unmeasured(out: Path) -> str | None:
+def unmeasured(out: Path, name: str) -> str | None:
     """A benchmark in which no Triton kernel was timed shows nothing of them."""
-    rows = json.loads((out / "headline.json").read_text())["rows"]
+    rows = json.loads((out / f"{name}.json").read_text())["rows"]
     return None if any(r["provider"] == "triton" and r["status"] == "ok" for r in rows) else "no Triton kernel was timed"
 
 
 PYTHON = (sys.executable, "-m")
-TESTS = (*PYTHON, "pytest", "-m", "gpu", "tests/test_gpu.py", "--junitxml", "{out}/tests.xml")
+# All pairs of options are half of the tests and take too long to compile: `pytest -m gpu` has them.
+TESTS = (*PYTHON, "bench.shards", "{out}", "-m", "gpu", "-k", "not in_pairs", "tests/test_gpu.py")
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "1", "--tool")
 TINY = (*PYTHON, "bench.tiny")
-BENCH = (
-    *PYTHON, "bench", "run", "--suite", "headline", "--device", "cuda", "--rounds", "10", "--json", "{out}/headline.json",
-    "--resume", "--minutes", "{minutes}",
-)  # fmt: skip
+
+
+def bench(name: str, share: float, *providers: str) -> Step:
+    """The headline suite with these providers (none: its own), into a result of the step's name."""
+    command = (*PYTHON, "bench", "run", "--suite", "headline", "--device", "cuda", "--rounds", "10", "--resume")
+    chosen = (word for provider in providers for word in ("--provider", provider))
+    paths = ("--json", f"{{out}}/{name}.json", "--minutes", "{minutes}")
+    return Step(name, (*command, *chosen, *paths), share, check=partial(unmeasured, name=name))
+
 
 STEPS = (
     Step("gpu", (sys.executable, "-c", FIND_GPU), 0.1, gpu=False),
     Step("environment", (*PYTHON, "score_kernels", "doctor", "--json"), 0.15, gpu=False),
     Step("tests", TESTS, 0.35, check=untested),
-    Step("memcheck", (*SANITIZER, "memcheck", *TINY), 0.15, tool="compute-sanitizer"),
-    Step("racecheck", (*SANITIZER, "racecheck", *TINY), 0.15, tool="compute-sanitizer"),
-    Step("bench", BENCH, 1.0, check=unmeasured),
+    Step("memcheck", (*SANITIZER, "memcheck", *TINY), 0.1, tool="compute-sanitizer"),
+    Step("racecheck", (*SANITIZER, "racecheck", *TINY), 0.1, tool="compute-sanitizer"),
+    bench("headline", 0.5, "eager", "blas", "triton", "auto"),
+    bench("compiled", 1.0),
 )
 
 
@@ -143,7 +156,7 @@ def run(step: Step, out: Path, limit: float) -> Verdict:
 
 
 def _status(command: Sequence[str], log: IO[str], limit: float) -> int | None:
-    """The exit status of a command, or None when it took too long: then it ends, with everything that it started."""
+    """The exit status of a command, or None when it took too long: it is interrupted, and ended with everything it started."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT,
@@ -152,11 +165,14 @@ def _status(command: Sequence[str], log: IO[str], limit: float) -> int | None:
     try:
         return process.wait(max(limit, 0))
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(LAST_WORDS)
         return None
     finally:
-        if process.poll() is None:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
 
 
 def find_tool(name: str) -> str | None:

@@ -130,8 +130,19 @@ def relative_error(results: list[Tensor], expected: list[Tensor]) -> float:
     return max(errors) if all(map(math.isfinite, errors)) else math.nan
 
 
-def tolerance(eps: float, mode: str, update: str | None = None) -> float:
-    """The largest relative error with which a result of this mode and update is right, when products round to eps."""
+def tolerance(eps: float, mode: str, case: Case | None = None) -> float:
+    """The largest relative error with which a result of this mode and case is right, when products round to eps."""
     outputs, gradients = TOLERANCE_EPS["narrow" if eps > NARROW_FROM else "wide"]
-    # A stack that replaces its state passes on what its layers round, and more of it, as a chain of gradients does.
-    return (outputs if mode == "forward" and update != "replace" else gradients) * eps
+    return (outputs * _growth(case) if mode == "forward" else gradients) * eps
+
+
+def _growth(case: Case | None) -> float:
+    """How much more than another case's the outputs of a stack that replaces its state may be off.
+
+    A layer passes on all that those before it rounded, where a step of SCORE takes dt of it and keeps the rest: measured over
+    activations and norms, the plain loop's error is at most 4, 8, 19 and 58 eps of float32 after 1, 4, 8 and 16 layers, and
+    16 and 57 after 4 and 8 whose gate multiplies two rounded factors.
+    """
+    if case is None or case.update != "replace":
+        return 1.0
+    return max(case.iterations / (2 if case.gated else 4), 1.0)

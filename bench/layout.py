@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .providers import PROVIDERS
+from .providers import PROVIDERS, title
 from .run import Row
 from .suites import SUITES
 
@@ -70,7 +70,7 @@ def results(environment: dict[str, Any], rows: Sequence[Row]) -> Sheet:
         problem = (row["case"], row["mode"], row["dtype"])
         cells = (
             *(problem if problem != previous else ("", "", "")),
-            row["provider"],
+            title(row["provider"]),
             *(NUMBERS[name](row) for name in there),
             row["status"] if row["error"] is None else f"{row['status']}: {row['error']}",
         )

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from score_kernels.activations import ACTIVATIONS
 
 from .cases import Case
-from .inputs import Forward
+from .inputs import Forward, Inputs
 
 NEGATIVE_SLOPE = 0.01
 EPS = 1e-5
@@ -161,16 +161,86 @@ def stack_of(case: Case) -> Case:
     return replace(case, update="replace", solver="euler", dt=None, sets=case.iterations, order="consecutive")
 
 
-# Layers from which on the gradients of a stack without residuals are noise in 16 bits; an activation with a kink adds to it.
-DEEP_STACK = {"relu": 9}
-DEEP_SMOOTH_STACK = 17
+class SquaredReLU(nn.Module):
+    """torch has none."""
+
+    def forward(self, a: Tensor) -> Tensor:
+        return F.relu(a).square()
+
+
+ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
+    "identity": nn.Identity,
+    "relu": nn.ReLU,
+    "relu2": SquaredReLU,
+    "leaky_relu": partial(nn.LeakyReLU, NEGATIVE_SLOPE),
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, "tanh"),
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+}
+
+
+class GatedUnit(nn.Module):
+    """What makes the hidden features of a gated block."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(case.features, case.hidden, case.bias) for _ in range(2))
+        self.activation = ACTIVATION_MODULES[case.activation]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated: Tensor = self.activation(self.gate(x))
+        return activated * self.up(x)
+
+
+def stack(case: Case) -> nn.Sequential:
+    """The layers of `stack_of(case)` as one writes them in torch."""
+    return nn.Sequential(*(module for _ in range(case.iterations) for module in _layer(case)))
+
+
+def _layer(case: Case) -> list[nn.Module]:
+    d, h = case.features, case.hidden
+    norm: list[nn.Module] = []
+    if case.norm is not None:
+        norm = [nn.LayerNorm(d, EPS, bias=case.bias) if case.norm == "layernorm" else nn.RMSNorm(d, EPS)]
+    activation = ACTIVATION_MODULES[case.activation]
+    if case.op == "linear":
+        return [*norm, nn.Linear(d, d, case.bias), activation()]
+    hidden = [GatedUnit(case)] if case.gated else [nn.Linear(d, h, case.bias), activation()]
+    return [*norm, *hidden, nn.Linear(h, d, case.bias)]
+
+
+# The parameters of a layer in the order in which its modules have them.
+IN_A_LAYER = ("norm_weight", "norm_bias", "weight", "bias", "w_gate", "b_gate", "w1", "b1", "w2", "b2")
+
+
+def layer_by_layer(case: Case, parameters: dict[str, Tensor]) -> list[Tensor]:
+    """The parameters of all sets, or what belongs to them, in the order in which a stack's modules have them."""
+    return [p[name] for p in parameter_sets(case, parameters) for name in IN_A_LAYER if name in p]
+
+
+def held_by(stack: nn.Module, case: Case, given: Inputs) -> Inputs:
+    """The inputs with the stack's own parameters, which get the values of the given ones."""
+    stack.to(given.h.device, given.h.dtype).requires_grad_(given.h.requires_grad)
+    own: dict[str, Tensor] = dict(stack.named_parameters())
+    with torch.no_grad():
+        for parameter, value in zip(own.values(), layer_by_layer(case, given.parameters), strict=True):
+            parameter.copy_(value)
+    return replace(given, parameters=own)
+
+
+# Layers from which on the gradients of a stack without residuals are noise in 16 bits; kinks, squares and gates add to it.
+DEEP_STACK = 17
+DEEP_ROUGH_STACK = 9
+ROUGH = ("relu", "leaky_relu", "relu2")
 
 
 def no_stack(case: Case, mode: str) -> str | None:
     """Why T layers are not the same work as the case, or None."""
     if case.solver != "euler":
         return f"T layers do less work than T steps of {case.solver}, which calls the block several times"
-    if case.iterations >= DEEP_STACK.get(case.activation, DEEP_SMOOTH_STACK):
+    if case.iterations >= (DEEP_ROUGH_STACK if case.gated or case.activation in ROUGH else DEEP_STACK):
         return f"{case.iterations} layers of {case.activation} without residuals have no gradients to speak of in 16 bits"
     return "a stack has gradients through all of its layers" if case.first_grad > 0 else None
 

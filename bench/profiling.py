@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from .providers import PROVIDERS, Provider
 from .suites import SUITES, select
 from .targets import Absent, Problem
 
-# The range that the profiled calls are in: what tells them from compiling and warming up, in a trace and in Nsight Compute.
+# The range that the profiled calls are in: what tells them from compiling and warming up in a trace.
 RANGE = "bench"
 
 WARMUP = 3
@@ -41,10 +41,14 @@ def profiled(problem: Problem, provider: Provider, device: str, calls: int) -> t
 
 
 def bare(problem: Problem, provider: Provider, device: str, calls: int) -> None:
-    """The same calls with no profiler of torch's, which would be in the way of NVIDIA's; with NVTX ranges on a GPU."""
+    """The same calls with no profiler of torch's, which would be in the way of NVIDIA's; with NVTX ranges on a GPU.
+
+    NVIDIA's profilers are told when to begin and to end: a filter by ranges would leave out the kernels of backward, which
+    autograd launches in a thread of its own.
+    """
     on_gpu = device.startswith("cuda")
     with _warm(problem, provider, device) as step, torch.autograd.profiler.emit_nvtx() if on_gpu else nullcontext():
-        _call(step, device, calls)
+        _call(step, device, calls, torch.cuda.profiler.profile if on_gpu else nullcontext)
 
 
 def sheet(title: str, profile: torch.profiler.profile, calls: int) -> Sheet:
@@ -65,10 +69,10 @@ def sheet(title: str, profile: torch.profiler.profile, calls: int) -> Sheet:
 
 
 def ncu(problem: Problem, provider: Provider) -> str:
-    """The command that has NVIDIA Nsight Compute look at the kernels of one call, and at nothing before it."""
+    """The command that has NVIDIA Nsight Compute look at the kernels of one call, from where `bare` tells it to begin."""
     kernels = ("--kernel-name", KERNELS) if provider.kernel else ()
     what = ("--provider", provider.name, "--mode", problem.mode, "--dtype", problem.dtype, "--device", "cuda")
-    profiler = ("ncu", "--set", "full", "--nvtx", "--nvtx-include", f"{RANGE}/", *kernels, "--export", name(problem, provider))
+    profiler = ("ncu", "--set", "full", "--nvtx", "--profile-from-start", "off", *kernels, "--export", name(problem, provider))
     return shlex.join((*profiler, "python", "-m", "bench", "profile", problem.name, *what, "--calls", "1", "--bare"))
 
 
@@ -141,14 +145,16 @@ def _warm(problem: Problem, provider: Provider, device: str) -> Iterator[Prepare
         yield step
 
 
-def _call(step: Prepared, device: str, calls: int) -> None:
+def _call(step: Prepared, device: str, calls: int, watched: Callable[[], AbstractContextManager[object]] = nullcontext) -> None:
+    """watched: what only the calls are in, not their set-up."""
     on_gpu = device.startswith("cuda")
     for _ in range(calls):
         state = step.prepare()
         with ExitStack() as ranges:
+            ranges.enter_context(watched())
             ranges.enter_context(record_function(RANGE))
             if on_gpu:
                 ranges.enter_context(torch.cuda.nvtx.range(RANGE))
             step.run(state)
-    if on_gpu:
-        torch.cuda.synchronize()
+            if on_gpu:
+                torch.cuda.synchronize()

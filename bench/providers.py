@@ -27,7 +27,7 @@ class Provider:
 
     kernel: it is a backend of that name, which runs on some devices and some cases only. gpu: it makes no sense without one.
     limits: why it does not take a case in a mode, or None. stands_for: the case that it computes in the place of the given one,
-    as much work but another function, which it is held to.
+    as much work but another function, which it is held to. module: `build` makes an nn.Module with parameters of its own.
     """
 
     name: str
@@ -41,6 +41,12 @@ class Provider:
     gpu: bool = False
     limits: Limits = lambda case, mode: None
     stands_for: Callable[[Case], Case] = lambda case: case
+    module: bool = False
+
+    @property
+    def title(self) -> str:
+        """Its name in tables and figures: one that computes something else says so."""
+        return f"{self.name} (what SCORE replaces)" if self.module else self.name
 
     def absent(self, device: str) -> str | None:
         """Why it cannot be measured on this device, or None."""
@@ -101,8 +107,9 @@ PROVIDERS: dict[str, Provider] = {
         Provider("torch_compile_max", "peer", "the same with max-autotune", partial(peers.compiled, mode=MAX), compiles=True),
         Provider("torch_compile_graphs", "peer", "the same with max-autotune and its own CUDA graphs", peers.compiled_graphs,
                  compiles=True, gpu=True, limits=_graphed),
-        Provider("stack", "peer", "what SCORE replaces: T layers, T times the parameters, no residual; as much work, another "
-                 "function, held to its own float64", eager, limits=peers.no_stack, stands_for=peers.stack_of),
+        Provider("stack", "peer", "the nn.Sequential that SCORE replaces: T layers, T times the parameters, no residual; as "
+                 "much work, another function, held to its own float64", peers.stack, limits=peers.no_stack,
+                 stands_for=peers.stack_of, module=True),
         Provider("torchdiffeq", "peer", "its fixed-step solvers: euler, midpoint, heun2", peers.ode, ("torchdiffeq",),
                  "pip install torchdiffeq", limits=peers.no_ode),
         Provider("liger", "peer", "the plain loop with Liger's SwiGLU", peers.liger, ("liger_kernel",),
@@ -115,3 +122,8 @@ PROVIDERS: dict[str, Provider] = {
         Provider("blas_no_onednn", "ours", "the same with torch's BLAS in oneDNN's place", _without_onednn),
     )
 }  # fmt: skip
+
+
+def title(name: str) -> str:
+    """What tables and figures call a provider of a result, which may be one that there is no more."""
+    return PROVIDERS[name].title if name in PROVIDERS else name

@@ -13,6 +13,7 @@ from typing import Any
 
 from . import inputs, layout, measure, tables
 from .layout import Sheet
+from .providers import PROVIDERS, title
 from .resultfile import Result, load, ratio
 from .run import BASELINE, Row
 
@@ -104,8 +105,9 @@ def page(results: Sequence[Result]) -> str:
         for number, result in enumerate(results, start=1)
     ]
     tolerances = {name: [f"{eps:g}" for eps in limits] for name, limits in inputs.TOLERANCE_EPS.items()}
+    measured = {name: PROVIDERS[name].about for result in results for name in result.providers if name in PROVIDERS}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        runs=runs, confidence=measure.CONFIDENCE, tolerances=tolerances
+        runs=runs, confidence=measure.CONFIDENCE, tolerances=tolerances, title=title, providers=measured
     )
 
 

@@ -11,8 +11,9 @@ from typing import Any
 from .measure import Interval, paired_ratio
 from .run import Row
 
-# Which provider of ours a comparison is about, where a result has several: what a user gets first.
-PREFERRED = ("auto", "triton", "blas")
+# Which provider of ours a comparison is about, where several were timed: the kernels, whose speed it is about, before `auto`,
+# which takes blas on a GPU that nobody has verified them on.
+PREFERRED = ("triton", "cuda", "auto", "blas")
 
 # What providers are compared on: case, mode, dtype.
 Key = tuple[str, str, str]
@@ -38,7 +39,8 @@ class Result:
     def ours(self) -> list[str]:
         """Providers that called this package, which is what leaves a plan; the preferred one first."""
         names = {row["provider"] for row in self.rows if row["plan"] is not None}
-        first = [name for name in PREFERRED if name in names]
+        timed = {row["provider"] for row in self.rows if row["status"] == "ok"}
+        first = [name for name in PREFERRED if name in names & timed]
         return [*first, *(name for name in self.providers if name in names and name not in first)]
 
     @property
@@ -70,6 +72,13 @@ def load(path: Path) -> Result:
     if missing:
         raise ValueError(f"{path}: {expected}, got JSON without {' and '.join(map(repr, missing))}")
     return Result(path.stem, content["environment"], content["rows"])
+
+
+def write(path: Path, environment: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Writes it whole or not at all: whoever ends the run meanwhile leaves the file as it was."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1, allow_nan=False) + "\n")
+    part.replace(path)
 
 
 def ratio(rows: dict[str, Row], peer: str, ours: str) -> Interval | None:

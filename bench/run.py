@@ -35,7 +35,7 @@ FLUSH_FROM_BYTES = 8 << 20
 # What is filled in once it was measured.
 MEASURED = (
     "plan", "ms_median", "ms_p20", "ms_p80", "samples", "compile_ms", "tflops", "roofline", "peak_memory_mb", "rel_error",
-    "speedup_vs_eager", "registers", "spills",
+    "tolerance", "speedup_vs_eager", "registers", "spills",
 )  # fmt: skip
 
 
@@ -157,6 +157,7 @@ def _check(row: Row, provider: Provider, step: Prepared, expected: list[Tensor],
     row["registers"], row["spills"] = occupied(kernels if plans else ())
     assert isinstance(results, list)
     error = inputs.relative_error(results, expected)
+    row["tolerance"] = tolerance
     row["rel_error"] = error if math.isfinite(error) else None
     if not error <= tolerance:
         what = f"relative error {error:.2e}" if math.isfinite(error) else "a result that is not finite"

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .measure import Interval
+from .providers import title
 from .resultfile import Result, check_names, load, ratio
 from .run import Row
 
@@ -71,8 +72,8 @@ def filled(text: str, root: Path) -> str:
 
 def _heads(column: str, providers: list[str], peers: list[str], ours: str) -> list[str]:
     if column == RATIO:
-        return [f"{name} / {ours}" for name in peers]
-    return [f"{name}, {FIGURES[column][0]}" for name in providers]
+        return [f"{title(name)} / {title(ours)}" for name in peers]
+    return [f"{title(name)}, {FIGURES[column][0]}" for name in providers]
 
 
 def _cells(column: str, rows: dict[str, Row], providers: list[str], peers: list[str], ours: str) -> list[str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import inputs
+from . import inputs, peers
 from .cases import Case
 from .flops import flops, traffic
 from .inputs import Inputs
@@ -118,7 +118,10 @@ class CaseBench:
         if reason := provider.absent(self.device) or provider.refuses(case, mode, self.dtype, self.device):
             raise Absent(reason)
         case = provider.stands_for(case)
-        return inputs.step(provider.build(case), self._given(case), mode)
+        run, given = provider.build(case), self._given(case)
+        if not isinstance(run, nn.Module):
+            return inputs.step(run, given, mode)
+        return inputs.step(lambda h, _: run(h), peers.held_by(run, case, given), mode)
 
     def expected(self, provider: Provider) -> list[Tensor]:
         case = provider.stands_for(self.problem.case)
@@ -127,11 +130,14 @@ class CaseBench:
                 self.answers[case] = inputs.reference(case, self._given(case), self.problem.mode)
             except Exception as error:
                 raise RuntimeError(f"the float64 reference raised {type(error).__name__}: {error}") from error
-        return self.answers[case]
+        answer = self.answers[case]
+        if not provider.module or self.problem.mode == "forward":
+            return answer
+        head = len(answer) - len(case.shapes)
+        return [*answer[:head], *peers.layer_by_layer(case, dict(zip(case.shapes, answer[head:], strict=True)))]
 
     def tolerance(self, provider: Provider) -> float:
-        update = provider.stands_for(self.problem.case).update
-        return inputs.tolerance(DTYPES[self.problem.dtype].eps, self.problem.mode, update)
+        return inputs.tolerance(DTYPES[self.problem.dtype].eps, self.problem.mode, provider.stands_for(self.problem.case))
 
     def _given(self, case: Case) -> Inputs:
         if case not in self.given:

@@ -35,13 +35,14 @@ def row(case="mlp-a", provider="blas", samples=(10.0,) * 7, mode="forward", dtyp
         "dtype": dtype, "rows": 1024, "features": 64, "hidden": 64, "iterations": 8, "params": PARAMS,
         "plan": PLAN if provider in ours else None, "status": "ok", "error": None, "ms_median": median, "ms_p20": min(samples),
         "ms_p80": max(samples), "samples": list(samples), "compile_ms": None, "tflops": 2e9 / median * 1e-9, "roofline": None,
-        "peak_memory_mb": None, "rel_error": 1e-6, "speedup_vs_eager": None, "flops": 2 * 10**9, "bytes": 10**7, **changes,
+        "peak_memory_mb": None, "rel_error": 1e-6, "tolerance": 2e-6, "speedup_vs_eager": None, "flops": 2 * 10**9,
+        "bytes": 10**7, **changes,
     }  # fmt: skip
 
 
 def broken(status="wrong", error="relative error 1.0", **about):
     """A row without times."""
-    times = ("plan", "ms_median", "ms_p20", "ms_p80", "samples", "tflops", "rel_error")
+    times = ("plan", "ms_median", "ms_p20", "ms_p80", "samples", "tflops", "rel_error", "tolerance")
     return {**row(**about), **dict.fromkeys(times), "status": status, "error": error}
 
 

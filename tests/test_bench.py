@@ -19,9 +19,10 @@ from bench_rows import ROW, SCHEMA, SETTINGS, TIMES, TINY, peer, quiet, rows_of
 from rich.console import Console
 from triton.runtime.jit import JITFunction
 
-from bench import console, environment, layout
+from bench import console, environment, layout, resultfile
 from bench.__main__ import main
 from bench.cases import MODES, Case
+from bench.inputs import tolerance
 from bench.measure import Rates, compare
 from bench.providers import PROVIDERS, Provider, eager
 from bench.run import Problem, Settings, measure, problems, run
@@ -98,10 +99,10 @@ def test_schema_refuses_times_of_a_row_that_is_not_ok():
     row = rows_of(PROVIDERS["eager"])["eager"]
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"environment": {}, "rows": []}, SCHEMA)
-    without = {key: value for key, value in row.items() if key not in ("registers", "spills")}
+    without = {key: value for key, value in row.items() if key not in ("registers", "spills", "tolerance")}
     jsonschema.validate(without, ROW)  # as rows of earlier versions are
     bad = [{**row, "status": "wrong", "error": "text"}, {**row, "ms_median": None}, {**row, "extra": 1}]
-    bad += [{**row, "hidden": None}, {**row, "params": {}}, {**row, "spills": -1}]
+    bad += [{**row, "hidden": None}, {**row, "params": {}}, {**row, "spills": -1}, {**row, "tolerance": 0}]
     for other in bad:
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(other, ROW)
@@ -119,6 +120,8 @@ def test_wrong_provider_gets_no_times(mode):
     for name in ("off", "nan"):
         assert all(rows[name][key] is None for key in TIMES)
     assert rows["off"]["rel_error"] > 1e-4
+    for row in rows.values():
+        assert row["tolerance"] == tolerance(torch.finfo(torch.float32).eps, mode, TINY)
     assert "expected at most" in rows["off"]["error"]
     assert rows["nan"]["rel_error"] is None
     assert "not finite" in rows["nan"]["error"]
@@ -159,7 +162,7 @@ def test_absent_peer_says_how_to_install_it():
     absent = Provider("elsewhere", "peer", "", eager, requires=("torch", "no_such_module"), install="pip install it")
     row = rows_of(absent, PROVIDERS["eager"])["elsewhere"]
     assert (row["status"], row["error"]) == ("absent", "no_such_module not installed: pip install it")
-    assert all(row[key] is None for key in TIMES)
+    assert all(row[key] is None for key in (*TIMES, "tolerance"))
 
 
 def test_kernel_is_absent_on_a_cpu_unless_it_is_interpreted(monkeypatch):
@@ -267,7 +270,7 @@ def test_resumed_run_keeps_what_is_there_and_measures_the_rest(tmp_path, capsys)
     arguments += ["--provider", "eager", "--json", str(path), "--resume"]
     assert main([*arguments, "--minutes", "0"]) == 0
     assert not path.exists()
-    assert "not measured, no time left (--resume goes on): linear-leaky forward float32" in capsys.readouterr().err
+    assert "not measured (--resume goes on): linear-leaky forward float32" in capsys.readouterr().err
     assert main([*arguments[:5], *arguments[7:]]) == 0
     first = json.loads(path.read_text())["rows"]
     assert [row["case"] for row in first] == ["mlp-launch-bound"]
@@ -283,6 +286,38 @@ def test_resumed_run_keeps_what_is_there_and_measures_the_rest(tmp_path, capsys)
         with pytest.raises(SystemExit, match="2"):
             main([*arguments, *change])
         assert said in capsys.readouterr().err
+
+
+def test_an_interrupted_run_tells_what_it_has(tmp_path, monkeypatch, capsys):
+    path, providers = tmp_path / "result.json", ["--provider", "eager"]
+
+    def interrupted(targets, *rest):
+        yield from run([next(targets)], *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bench.__main__.run", interrupted)
+    cases = ["--case", "mlp-launch*", "--case", "linear*"]
+    assert main(["run", "--suite", "quick", *cases, *providers, "--rounds", "1", "--device", "cpu", "--json", str(path)]) == 0
+    assert [row["case"] for row in json.loads(path.read_text())["rows"]] == ["mlp-launch-bound"]
+    said = capsys.readouterr()
+    assert "mlp-launch-bound" in said.out
+    assert "not measured (--resume goes on): linear-leaky forward float32" in said.err
+
+
+def test_a_run_that_ends_while_it_writes_leaves_the_result_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    resultfile.write(path, {"gpu": None}, [{"row": 1}])
+    with pytest.raises(ValueError, match="JSON"):
+        resultfile.write(path, {"gpu": None}, [{"row": math.nan}])
+
+    def ends(self, text):
+        self.write_bytes(text.encode()[:9])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", ends)
+    with pytest.raises(KeyboardInterrupt):
+        resultfile.write(path, {"gpu": None}, [{"row": 2}])
+    assert json.loads(path.read_text()) == {"environment": {"gpu": None}, "rows": [{"row": 1}]}
 
 
 def test_shows_its_results_without_rich(tmp_path):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from bench_rows import TIMES, TINY, peer, rows_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import inputs, peers
+from bench import environment, inputs, layout, peers
 from bench.cases import MODES, Case
 from bench.flops import flops, traffic
 from bench.precision import DTYPES, Precision
@@ -21,6 +21,7 @@ from bench.providers import PROVIDERS, eager
 from bench.suites import SUITES, family
 from bench.targets import Absent, Problem
 from score_kernels import planner
+from score_kernels.activations import ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("plain_machine")
 
@@ -112,23 +113,68 @@ def test_error_where_the_reference_is_zero_is_that_of_the_result():
     assert math.isnan(inputs.relative_error([one * math.inf], [one]))
 
 
-def test_stack_has_parameters_of_its_own_and_its_own_answer():
+def test_stack_is_a_sequential_of_unshared_layers():
+    stack = peers.stack(peers.stack_of(replace(TINY, activation="relu")))
+    layer = ["LayerNorm", "Linear", "ReLU", "Linear"]
+    assert [type(module).__name__ for module in stack] == 3 * layer
+    assert len(list(stack.parameters())) == 3 * len(TINY.shapes)
+    gated = peers.stack(peers.stack_of(replace(TINY, gated=True, norm=None, bias=False, iterations=1)))
+    assert [type(module).__name__ for module in gated] == ["GatedUnit", "Linear"]
+    assert [name for name, _ in gated.named_parameters()] == ["0.gate.weight", "0.up.weight", "1.weight"]
+
+
+STACKS = [
+    {"op": "linear", "hidden": 16, "norm": None},
+    {"op": "linear", "hidden": 16, "norm": "rmsnorm", "bias": False},
+    {"gated": True, "iterations": 1},
+    *({"activation": activation} for activation in ACTIVATIONS),
+]
+
+
+@pytest.mark.parametrize("change", STACKS, ids=str)
+def test_stack_computes_what_the_reference_does_with_a_set_for_each_layer(change):
+    """Every gradient of every layer is that of the set with which iteration t of the reference replaces the state."""
+    for mode in MODES:
+        errors, _ = errors_of(replace(TINY, **change), mode, "float64", [PROVIDERS["stack"]])
+        assert errors["stack"] <= 1, mode
+
+
+def without_bias(case: Case):
+    stack = peers.stack(case)
+    for linear in (module for module in stack if isinstance(module, torch.nn.Linear)):
+        linear.register_forward_hook(lambda module, _, out: out - module.bias)
+    return stack
+
+
+def with_the_last_layer_first(case: Case):
+    stack = peers.stack(case)
+    layers = list(stack)
+    stack.forward = lambda h: torch.nn.Sequential(*layers[-4:], *layers[:-4])(h)
+    return stack
+
+
+def one_layer_fewer(case: Case):
+    stack = peers.stack(case)
+    stack.forward = lambda h: torch.nn.Sequential(*list(stack)[:-4])(h)
+    return stack
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_stack_that_is_wrong_is_not_timed(dtype):
     stack = PROVIDERS["stack"]
-    bench = Problem(TINY, "backward", "float32").on("cpu")
-    shapes = [tuple(x.shape) for x in bench.expected(stack)]
-    assert shapes == [(48, 16), *((3, *shape) for shape in TINY.shapes.values())]
-    row = rows_of(stack, replace(stack, name="shared", build=lambda case: eager(replace(TINY, update="replace", dt=None))))
-    assert row["stack"]["status"] == "ok"
-    assert (row["stack"]["params"]["L"], row["stack"]["params"]["update"]) == (3, "replace")
-    assert row["shared"]["status"] == "failed"  # parameters with a leading L make no shared block
-    first = replace(stack, name="first", build=lambda case: eager(replace(case, sets=3, order="cyclic", iterations=2)))
-    assert rows_of(first)["first"]["status"] == "wrong"
+    wrong = (without_bias, with_the_last_layer_first, one_layer_fewer)
+    rows = rows_of(stack, *(replace(stack, name=build.__name__, build=build) for build in wrong), dtype=dtype)
+    assert {name: row["status"] for name, row in rows.items()} == {"stack": "ok"} | {b.__name__: "wrong" for b in wrong}
+    assert (rows["stack"]["params"]["L"], rows["stack"]["params"]["update"]) == (3, "replace")
+    assert "what SCORE replaces" in layout.results(environment.environment("cpu"), [rows["stack"]]).lines[0].cells[3]
 
 
 def test_deep_stacks_are_left_out():
     assert "no gradients" in str(peers.no_stack(replace(TINY, iterations=17), "forward"))
     assert peers.no_stack(replace(TINY, iterations=16), "forward") is None
-    assert "9 layers of relu" in str(peers.no_stack(replace(TINY, iterations=9, activation="relu"), "forward"))
+    for rough in ({"activation": "relu"}, {"activation": "relu2"}, {"gated": True}):
+        assert "9 layers of" in str(peers.no_stack(replace(TINY, iterations=9, **rough), "forward"))
+        assert peers.no_stack(replace(TINY, iterations=8, **rough), "forward") is None
 
 
 def test_checkpointing_computes_again():
@@ -229,11 +275,43 @@ def test_tf32_is_absent_on_a_cpu_and_set_on_a_gpu(monkeypatch):
     assert inputs.tolerance(DTYPES["tf32"].eps, "forward") == inputs.tolerance(DTYPES["float16"].eps, "forward")
 
 
-def test_a_stack_that_replaces_its_state_is_held_to_the_bound_of_gradients():
-    for precision in DTYPES.values():
-        training = inputs.tolerance(precision.eps, "training")
-        assert inputs.tolerance(precision.eps, "forward", "replace") == training
-        assert inputs.tolerance(precision.eps, "forward", "residual") < training
+def one_iteration_fewer(case: Case):
+    first = slice(case.iterations - 1)
+    run = eager(replace(case, iterations=first.stop, sets=first.stop))
+    return lambda h, p: run(h, {name: x[first] if first.stop > 1 else x[0] for name, x in p.items()})
+
+
+def sets_in_reverse(case: Case):
+    return lambda h, p: eager(case)(h, {name: x.flip(0) for name, x in p.items()})
+
+
+def without_b2(case: Case):
+    return lambda h, p: eager(case)(h, {name: x for name, x in p.items() if name != "b2"})
+
+
+REPLACING = replace(TINY, rows=256, features=64, hidden=64, update="replace", dt=None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"activation": activation, "norm": "rmsnorm"} for activation in ("gelu", "relu", "relu2", "silu")),
+        {"activation": "leaky_relu", "norm": None},
+        {"activation": "silu", "norm": "rmsnorm", "gated": True},
+    ],
+    ids=str,
+)
+def test_layers_that_replace_their_state_have_a_tolerance_that_tells_right_from_wrong(change, dtype):
+    """The plain loop is within it at every depth that a stack is measured at; one that lacks something is out of it."""
+    for iterations in (1, 2, 4, 8):
+        case = replace(REPLACING, iterations=iterations, sets=iterations, **change)
+        right, _ = errors_of(case, "forward", dtype, [PROVIDERS["eager"], PROVIDERS["blas"]])
+        assert max(right.values()) <= 1, iterations
+        if iterations > 1:
+            wrong = [peer("fewer", one_iteration_fewer), peer("other", sets_in_reverse), peer("bias", without_b2)]
+            found, _ = errors_of(case, "forward", dtype, wrong)
+            assert min(found.values()) > 1, (iterations, found)
 
 
 def test_reference_in_parts_is_the_reference(monkeypatch):

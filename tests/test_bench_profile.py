@@ -8,9 +8,10 @@ import re
 import shlex
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_a_profile_is_a_table_a_trace_and_a_command(made, tmp_path, capsys):
     assert "aten::" in printed
     assert "it needs an NVIDIA GPU, and this is a CPU" in printed
     assert (
-        "ncu --set full --nvtx --nvtx-include bench/ --export tiny-training-float32-eager python -m bench profile tiny "
+        "ncu --set full --nvtx --profile-from-start off --export tiny-training-float32-eager python -m bench profile tiny "
         "--provider eager --mode training --dtype float32 --device cuda --calls 1 --bare\n"
     ) in printed
     for provider, calls in (("eager", 0), ("blas", 2)):
@@ -124,6 +125,7 @@ def test_bare_calls_are_in_ranges_of_nvidia_s_on_a_gpu(monkeypatch):
 
     monkeypatch.setattr(torch.cuda.nvtx, "range", recorded)
     monkeypatch.setattr(torch.autograd.profiler, "emit_nvtx", lambda: recorded("emit"))
+    monkeypatch.setattr(torch.cuda.profiler, "profile", lambda: recorded("watch"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
     step = profiling.Prepared(lambda: order.append("prepare"), lambda _: order.append("run"))
 
@@ -133,11 +135,51 @@ def test_bare_calls_are_in_ranges_of_nvidia_s_on_a_gpu(monkeypatch):
 
     monkeypatch.setattr(profiling, "_warm", warm)
     profiling.bare(TINY, PROVIDERS["eager"], "cuda", 2)
-    call = ["prepare", "enter bench", "run", "leave bench"]
-    assert order == ["enter emit", *call, *call, "wait", "leave emit"]
+    call = ["prepare", "enter watch", "enter bench", "run", "wait", "leave bench", "leave watch"]
+    assert order == ["enter emit", *call, *call, "leave emit"]
     order.clear()
     profiling.bare(TINY, PROVIDERS["eager"], "cpu", 1)
     assert order == ["prepare", "run"]
+
+
+def test_a_profile_on_a_gpu_has_its_activities_and_waits_for_every_call(monkeypatch):
+    """With a step that takes no GPU, and torch's profiler and NVTX in the place of one's."""
+    told = []
+
+    @contextmanager
+    def recorded(**options):
+        told.append(options)
+        yield "the profile"
+
+    monkeypatch.setattr(torch.profiler, "profile", recorded)
+    monkeypatch.setattr(torch.cuda.nvtx, "range", nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("wait"))
+    step = profiling.Prepared(lambda: None, lambda _: told.append("run"))
+    monkeypatch.setattr(profiling, "_warm", lambda problem, provider, device: nullcontext(step))
+    assert profiling.profiled(TINY, PROVIDERS["eager"], "cuda", 2) == "the profile"
+    assert told == [{"activities": [ProfilerActivity.CPU, ProfilerActivity.CUDA]}, *2 * ["run", "wait"]]
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_table_of_a_gpu_counts_the_kernels_once(on_gpu):
+    """A range has the time of the kernels in it for its own there: it is in the table, and not in the sum."""
+
+    def event(key, device, cpu, annotation=False):
+        times = {"self_device_time_total": device, "device_time_total": device, "cpu_time_total": cpu}
+        return SimpleNamespace(key=key, count=2, self_cpu_time_total=cpu, is_user_annotation=annotation, **times)
+
+    events = [event("kernel", 3000.0 * on_gpu, 0.0), event("score_kernels::mlp triton forward", 3000.0 * on_gpu, 50.0, True)]
+    events += [event("aten::mm", 1000.0 * on_gpu, 150.0), event(profiling.RANGE, 4000.0, 200.0, True)]
+    table = profiling.sheet("x", SimpleNamespace(key_averages=lambda: list(events)), 2)
+    unit = "GPU ms" if on_gpu else "CPU ms"
+    assert table.columns == ("operation", "calls", f"{unit}, all", f"{unit}, own", "own share")
+    shares = {line.cells[0]: line.cells[3:] for line in table.lines}
+    assert next(iter(shares)) == "score_kernels::mlp triton forward"
+    if on_gpu:
+        assert shares["kernel"] == ("1.500", "75.0%")
+        assert shares["aten::mm"] == ("0.500", "25.0%")
+    else:
+        assert shares["aten::mm"] == ("0.075", "75.0%")
 
 
 def test_bare_calls_show_no_profile(made, capsys, monkeypatch):

@@ -9,11 +9,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from result_files import broken, noisy, result, row, written
+from result_files import PLAN, broken, noisy, result, row, written
 
 from bench import drawing, figures, tables
 from bench.__main__ import main
-from bench.report import claims, page, plan_text
+from bench.providers import PROVIDERS
+from bench.report import claims, headline, page, plan_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
@@ -122,11 +123,39 @@ def test_modes_are_not_mixed():
     assert [(claim.mode, len(claim.figures)) for claim in claims(made, "speed")] == [("forward", 2), ("training", 1)]
 
 
-def test_what_users_get_comes_first():
-    made = result(
-        *(row("x", name, times(4.0), ours=("blas", "triton", "auto")) for name in ("eager", "blas", "triton", "auto"))
+def test_kernels_that_ran_come_first():
+    """Of a GPU that nobody has verified them on, `auto` says what blas does."""
+    ours = ("blas", "auto", "triton", "cuda")
+    made = result(*(row("x", name, times(4.0), ours=ours) for name in ("eager", *ours)))
+    assert [claim.ours for claim in claims(made, "speed")] == ["triton", "cuda", "auto", "blas"]
+    assert {claim.ours for claim in headline(made)} == {"triton"}
+    wrong = [row("x", name, times(4.0), ours=ours) for name in ("eager", "auto", "blas")]
+    made = result(*wrong, {**broken("wrong", case="x", provider="triton"), "plan": PLAN})
+    assert made.ours == ["auto", "blas", "triton"]
+
+
+def test_the_stack_is_called_what_it_is():
+    made = result(*(row("x", name, times(4.0)) for name in ("eager", "stack", "blas")))
+    called = "stack (what SCORE replaces)"
+    assert Page(page([made])).texts.count(called) >= 3  # figures and rows
+    assert f"the speed of {called}, forward" in page([made])
+    assert f"<dt>stack</dt><dd>{PROVIDERS['stack'].about}</dd>" in page([made])
+    head, *_ = tables.markdown(made).splitlines()
+    assert f"| {called}, ms |" in head
+    assert f"| {called} / blas |" in head
+
+
+def test_the_error_is_shown_in_shares_of_what_the_row_says_it_may_be():
+    (plot,) = (plot for plot in figures.plots(compared()) if plot.title == "How exact")
+    (strict,) = (
+        plot
+        for plot in figures.plots(result(*({**r, "tolerance": 1e-9} for r in compared().rows)))
+        if plot.title == "How exact"
     )
-    assert [claim.ours for claim in claims(made, "speed")] == ["auto", "triton", "blas"]
+    assert "1000" in drawn(strict)[0]
+    assert "1000" not in drawn(plot)[0]
+    old = result(*({key: value for key, value in r.items() if key != "tolerance"} for r in compared().rows))
+    assert "How exact" not in titles(old)
 
 
 def test_rows_that_are_not_ok_are_listed_with_their_reason():
@@ -224,7 +253,7 @@ def test_a_figure_has_a_mark_for_every_row():
         assert marks == rows + len(providers)  # with those of the legend
     (_, _, _, sweep) = figures.plots(swept("iterations", (1, 4, 16), peak_memory_mb=8.0))
     texts, marks = drawn(sweep)
-    assert {"ms", "peak memory, MB", "16", "T"} <= set(texts)
+    assert {"time of a call, ms", "peak memory, MB", "16", "T"} <= set(texts)
     assert marks == 12 + 2
 
 
@@ -232,6 +261,7 @@ def test_the_roof_is_what_was_measured():
     roofless, roofed = (figures.rooflines(made, made.rows) for made in (compared(), result(*compared().rows, rates=RATES)))
     assert "700 TFLOP/s in bfloat16 products, 3000 GB/s in copies" in roofed.caption
     assert "no roof" in roofless.caption
+    assert ("roof" in drawn(roofed)[0], "roof" in drawn(roofless)[0]) == (True, False)
     assert 'id="roof"' not in roofless.svg
     # Three points: up along the memory's rate to the ridge, then level along that of the products.
     (line,) = re.findall(

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import gpu_check, tiny
+from bench import gpu_check, shards, tiny
 from bench.gpu_check import STEPS, Step, Verdict
+from bench.providers import PROVIDERS
+from bench.suites import SUITES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,7 +58,8 @@ def test_a_step_that_takes_too_long_ends_with_all_that_it_started(tmp_path: Path
     start = time.monotonic()
     found = checked(python("slow", parent, 0.1), python("next", "print('here')"), out=tmp_path, seconds=20)
     assert time.monotonic() - start < 6
-    assert (found["slow"].status, found["slow"].detail) == ("timed out", "after 2 s; begun")
+    assert (found["slow"].status, found["slow"].detail) == ("timed out", "after 2 s; KeyboardInterrupt")
+    assert (tmp_path / "slow.log").read_text().startswith("begun")
     assert 2 <= found["slow"].seconds < 6
     assert found["next"].status == "passed"
     assert not gpu_check.succeeded(list(found.values()))
@@ -100,35 +105,76 @@ def test_tests_that_were_all_skipped_have_not_passed(tests: str, status: str, tm
     (tmp_path / "pytest.ini").write_text("[pytest]")
     skipped = "import pytest\ndef test_skipped(): pytest.skip('no reason')\n"
     (tmp_path / "test_it.py").write_text(f"{skipped}{tests}\n")
-    command = (sys.executable, "-m", "pytest", str(tmp_path), "-p", "no:cacheprovider", "--junitxml", "{out}/tests.xml")
+    command = (sys.executable, "-m", "bench.shards", "{out}", str(tmp_path), "-p", "no:cacheprovider")
     verdict = checked(Step("tests", command, 1.0, gpu=False, check=gpu_check.untested), out=tmp_path)["tests"]
     assert verdict.status == status, verdict
     if not tests:
         assert verdict.detail == "no test ran: all were skipped"
 
 
+def test_what_the_tests_found_before_their_time_was_over_is_told(tmp_path: Path) -> None:
+    (tmp_path / "pytest.ini").write_text("[pytest]")
+    bad, slow = "def test_bad(): assert 0, 'the reason'", "def test_slow(): __import__('time').sleep(60)"
+    (tmp_path / "test_it.py").write_text(f"{bad}\n{slow}\n")
+    command = (sys.executable, "-m", "bench.shards", "{out}", str(tmp_path), "-p", "no:cacheprovider")
+    verdict = checked(Step("tests", command, 1.0, gpu=False, check=gpu_check.untested), out=tmp_path, seconds=8)["tests"]
+    assert verdict.status == "timed out"
+    log = (tmp_path / "tests.log").read_text()
+    assert "part-0.log: 1 failed" in log
+    assert len(log.splitlines()) == min(os.cpu_count() or 1, shards.MOST)
+    assert "the reason" in (tmp_path / "part-0.log").read_text()
+    assert "test_bad" in (tmp_path / "part-0.xml").read_text()
+
+
+def test_every_test_runs_in_one_of_the_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pytest.ini").write_text("[pytest]")
+    (tmp_path / "test_it.py").write_text("".join(f"def test_{n}(): assert {n} != 3\n" for n in range(5)))
+    assert shards.main(tmp_path, [str(tmp_path), "-p", "no:cacheprovider"], 3) == 1
+    names = [set(re.findall(r'name="test_(\d)"', (tmp_path / f"part-{at}.xml").read_text())) for at in range(3)]
+    assert names == [{"0", "3"}, {"1", "4"}, {"2"}]
+    said = capsys.readouterr().out.splitlines()
+    assert [re.sub(r" in .*", "", line) for line in said] == [
+        "part-0.log: 1 failed, 1 passed", "part-1.log: 2 passed", "part-2.log: 1 passed",
+    ]  # fmt: skip
+    (tmp_path / "test_it.py").write_text("import os\ndef test_crash(): os.kill(os.getpid(), 9)\n")
+    assert shards.main(tmp_path, [str(tmp_path), "-p", "no:cacheprovider"], 1) == 9
+
+
+def test_a_step_that_does_not_listen_ends_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "LAST_WORDS", 0.2)
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+    found = checked(python("deaf", deaf), out=tmp_path, seconds=2)
+    assert (found["deaf"].status, found["deaf"].detail) == ("timed out", "after 2 s; deaf")
+    assert found["deaf"].seconds < 5
+
+
 def test_a_benchmark_without_a_triton_time_has_not_passed(tmp_path: Path) -> None:
+    check = partial(gpu_check.unmeasured, name="headline")
+
     def verdict(*rows: tuple[str, str]) -> Verdict:
         result = {"rows": [{"provider": provider, "status": status} for provider, status in rows]}
         (tmp_path / "headline.json").write_text(json.dumps(result))
-        return checked(python("bench", "", check=gpu_check.unmeasured), out=tmp_path)["bench"]
+        return checked(python("bench", "", check=check), out=tmp_path)["bench"]
 
     assert verdict(("eager", "ok"), ("triton", "ok")).status == "passed"
     assert verdict(("eager", "ok"), ("triton", "absent")).detail == "no Triton kernel was timed"
     (tmp_path / "headline.json").write_text("{")
-    broken = checked(python("bench", "", check=gpu_check.unmeasured), out=tmp_path)["bench"]
+    broken = checked(python("bench", "", check=check), out=tmp_path)["bench"]
     assert (broken.status, broken.detail[:25]) == ("failed", "its result cannot be read")
 
 
 def test_its_commands_are_ones_that_the_programs_take() -> None:
     from bench.__main__ import _parser
 
-    (bench,) = (step for step in STEPS if step.name == "bench")
-    words = [word.format(out="/somewhere", minutes="1.50") for word in bench.command]
-    options = _parser().parse_args(words[words.index("run") :])
-    assert (options.suite, options.minutes, options.resume) == ("headline", 1.5, True)
-    assert options.json == Path("/somewhere/headline.json")
-    assert words[1:3] == ["-m", "bench"]
+    for name, providers in (("headline", ["eager", "blas", "triton", "auto"]), ("compiled", [])):
+        (bench,) = (step for step in STEPS if step.name == name)
+        words = [word.format(out="/somewhere", minutes="1.50") for word in bench.command]
+        options = _parser().parse_args(words[words.index("run") :])
+        assert (options.suite, options.minutes, options.resume) == ("headline", 1.5, True)
+        assert (options.json, options.provider) == (Path(f"/somewhere/{name}.json"), providers)
+        assert words[1:3] == ["-m", "bench"]
+        assert not any(PROVIDERS[provider].compiles for provider in providers)
+    assert any(PROVIDERS[provider].compiles for provider in SUITES["headline"].providers)
     assert len({step.name for step in STEPS}) == len(STEPS)
 
 
@@ -143,9 +189,12 @@ def test_what_the_sanitizer_runs_is_right_and_notices_what_is_not(monkeypatch: p
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what it says without a GPU")
 def test_on_a_machine_without_a_gpu(tmp_path: Path) -> None:
     """With nothing but torch, triton and pytest installed, as it will be on the machine that it is for."""
-    for name in ("rich", "hypothesis", "jsonschema", "sklearn", "numpy"):
+    for name in ("rich", "hypothesis", "jsonschema", "sklearn", "numpy", "matplotlib", "jinja2", "torchdiffeq"):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name}', name='{name}')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)  # Triton's interpreter needs numpy
+    of_the_steps = "import bench.__main__, bench.tiny, bench.plain, score_kernels.triton_kernels.launch"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", of_the_steps], check=True, cwd=ROOT, env=environment)
     done = subprocess.run(
         [sys.executable, "-m", "bench.gpu_check", "--out", str(tmp_path / "out"), "--minutes", "2"],
         capture_output=True, text=True, check=False, cwd=ROOT, env=environment, timeout=120,
@@ -155,7 +204,7 @@ def test_on_a_machine_without_a_gpu(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {step["step"]: step["status"] for step in summary["steps"]} == {
         "gpu": "failed", "environment": "passed",
-        "tests": "absent", "memcheck": "absent", "racecheck": "absent", "bench": "absent",
+        "tests": "absent", "memcheck": "absent", "racecheck": "absent", "headline": "absent", "compiled": "absent",
     }  # fmt: skip
     log = (tmp_path / "out" / "environment.log").read_text()
     assert json.loads(log[log.index("{") :])["works"]
