@@ -7,7 +7,7 @@ import dataclasses
 import cases
 import pytest
 import torch
-from cases import F64, assert_close, assert_same_bits, build, call, gradients, laid_out
+from cases import F64, LAYOUTS, assert_close, assert_same_bits, build, call, gradients, laid_out
 from kernels import OPS, Kernels, both_ops, error, one_element_off, oracle_gradients, random_shapes, wide
 from numerics import BLOCKS
 from row_wise import COEFFICIENTS, EVERYTHING, seed_of
@@ -193,6 +193,34 @@ def test_failure_case_27_graph_of_training():
         graph.replay()
         captured = [x.clone() for x in found]
         assert_same_bits(dict(enumerate(captured)), dict(enumerate(step())))
+
+
+@pytest.mark.parametrize(
+    "layout", [torch.clone, one_element_off, LAYOUTS["transposed"]], ids=["plain", "misaligned", "transposed"]
+)
+def test_failure_case_27_graph_of_a_first_call(layout):
+    """Parameters that no call before the capture had; where the op takes copies of them, no call has the same addresses."""
+    case, other = mlp(), mlp(seed=1)
+    names = [name for name in case.leaves if name != "h"]
+    moved = [layout(case.leaves[name].detach()).requires_grad_() for name in names]
+    new = cases.substitute(case, moved, names)
+    new.leaves = {**case.leaves, **dict(zip(names, moved, strict=True))}
+    given = torch.randn_like(case.leaves["h"])
+
+    def step(case):
+        return torch.autograd.grad(call(case, "triton"), list(case.leaves.values()), given)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(other)  # compiles the kernels
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step(new)
+    graph.replay()
+    captured = [x.clone() for x in found]
+    assert_same_bits(dict(enumerate(captured)), dict(enumerate(step(new))))
 
 
 def test_memory_of_training_grows_with_no_iteration():

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import build, call, gradients, laid_out
-from kernels import Kernels, both_ops, one_element_off, random_shapes
+from cases import F64, assert_same_bits, build, call, gradients, laid_out, planned
+from kernels import Kernels, both_ops, error, one_element_off, random_shapes
+from row_wise import EVERYTHING
 from triton.runtime import interpreter
 
-from score_kernels.triton_kernels import launch, ring
+from score_kernels.triton_kernels import ring, tables
+from score_kernels.triton_kernels.configs import INTERPRETED
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the same tests on this machine's GPU")
 
@@ -41,6 +43,46 @@ def test_a_product_in_parts_has_all_its_rows(rows, parts):
     torch.testing.assert_close(found.double(), left.double().T @ right.double(), rtol=1e-4, atol=1e-4)
 
 
+@both_ops
+def test_only_gradients_that_need_a_product_take_one(op, monkeypatch):
+    """Biases, the norm's too, need sums over rows; its gain needs the products of the layers that it stands before."""
+    multiplied, product = [], ring._product
+    monkeypatch.setattr(ring, "_product", lambda *given: (multiplied.append(given), product(*given))[1])
+    case = build(op, **{**EVERYTHING[op], "sets": "1"}, dtype=torch.float32)
+    products = {"weight": 1} if op == "linear" else {"w1": 1, "w2": 1, "w_gate": 1}
+    products |= {"norm_weight": 1 if op == "linear" else 2}
+    for name in case.leaves:
+        multiplied.clear()
+        gradients(case, "triton", [name])
+        assert len(multiplied) == products.get(name, 0), name
+
+
+@both_ops
+def test_failure_case_27_the_table_of_a_graph_is_made_without_a_copy(op, monkeypatch):
+    """What capture asks for, on any device: the same table, in memory of its own each time."""
+    rows, device = ((0, 2**47 + 16, 48), (2**63 - 1, 0, 1)), torch.device("cpu")
+    copied, case = tables._pointers(rows, device), build(op, **EVERYTHING[op], dtype=torch.float32)
+    expected, copies = gradients(case, "triton"), tables._copied.cache_info()
+    monkeypatch.setattr(tables, "_capturing", lambda device: True)
+    first, second = (tables._pointers(rows, device) for _ in range(2))
+    assert torch.equal(first, copied)
+    assert len({x.data_ptr() for x in (copied, first, second)}) == 3
+    assert_same_bits(gradients(case, "triton"), expected)
+    assert tables._copied.cache_info() == copies
+
+
+@both_ops
+def test_a_tile_of_64_rows(op):
+    """Hopper's tiles take a way of their own through scratch, which the interpreter's small ones do not."""
+    case = build(op, **EVERYTHING[op], rows=67, features=17, hidden=33, solver="rk4", dt="vector", dtype=torch.float32)
+    with planned(chunk_rows=1 << 10, programs=1):
+        expected = gradients(case, "triton")
+    with planned(chunk_rows=1 << 10, programs=1, backward_tile=INTERPRETED._replace(rows=64)):
+        found = gradients(case, "triton")
+    for name, x in expected.items():
+        assert error(found[name], x.to(F64)) <= 16 * torch.finfo(torch.float32).eps, name
+
+
 class TestInterpreter(Kernels):
     device = "cpu"
     dtypes = (torch.float32, torch.float16)
@@ -57,13 +99,13 @@ class TestInterpreter(Kernels):
     @pytest.mark.parametrize("sets", ["1", "2 stacked", "3 list", "T stacked"])
     def test_failure_case_05_addresses_in_the_table_are_aligned(self, op, sets, dtype, monkeypatch):
         """The compiler takes them for granted, which the interpreter would not notice."""
-        seen, original = [], launch._pointers
-        monkeypatch.setattr(launch, "_pointers", lambda rows, device: (seen.append(rows), original(rows, device))[1])
+        seen, original = [], tables._pointers
+        monkeypatch.setattr(tables, "_pointers", lambda rows, device: (seen.append(rows), original(rows, device))[1])
         case = laid_out(self.everything(op, dtype=dtype, sets=sets, iterations=4), one_element_off)
         addresses = {x.data_ptr() for x in case.leaves.values()}
-        assert any(address % launch.ALIGNMENT for address in addresses)
+        assert any(address % tables.ALIGNMENT for address in addresses)
         gradients(case, "triton")
         assert len(seen) >= 2, "forward and backward"
-        assert all(address % launch.ALIGNMENT == 0 for rows in seen for row in rows for address in row)
+        assert all(address % tables.ALIGNMENT == 0 for rows in seen for row in rows for address in row)
         with torch.no_grad():
             assert torch.equal(call(case, "triton"), call(laid_out(case, torch.clone), "triton"))

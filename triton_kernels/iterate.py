@@ -5,7 +5,7 @@ part, the block F between norm and update, comes in as two functions (`mlp.py`, 
 
     update(x, y, w, ...)   y + w F(x), the last product accumulating on the state y
     reverse(x, g, w, ...)  dL/dx and, row by row, dL/dw for L = <g, w F(x)>; it writes what the gradients of its parameters
-                           are sums and products of to the ring
+                           are sums and products of to the ring; a slot of scratch is its own
 
 `x` is the normed state rounded to the operands' dtype. Parameters come through a table of pointers, one row for each set.
 """
@@ -127,9 +127,9 @@ def normalise_backward(dx, y, row, dtype, eps, S: tl.constexpr):
 def tile_of(rows, S: tl.constexpr):
     """Which elements of a tile are there, `rows` being left, and two kinds of offsets from its first one.
 
-    The first kind is for gradients and stores, which are masked. The second reads a tile: rows that are not there repeat the
-    last one that is, whatever its values, so that nothing but their gradient, which is 0, keeps them out of sums. Offsets are
-    32 bits wide: what is 64 bits wide is the address of the first element.
+    The first kind is for stores, which are masked. The second reads a tile: rows that are not there repeat the last one that
+    is, whatever its values, so that nothing but their gradient, which is 0, keeps them out of sums. Masked, it serves as well:
+    backward has no registers for both. Offsets are 32 bits wide: what is 64 bits wide is the address of the first element.
     """
     row = tl.arange(0, S.tile)[:, None]
     column = tl.arange(0, S.columns)[None, :]
@@ -223,7 +223,7 @@ def backward_kernel(
     own = scratch + tl.program_id(0).to(tl.int64) * (_SLOTS * slot) + local
     for tile in range(tl.program_id(0), tl.cdiv(rows, S.tile), tl.num_programs(0)):
         first_row = tl.full((), S.tile, tl.int64) * tile
-        live, at, there = tile_of(rows - first_row, S)
+        live, _, at = tile_of(rows - first_row, S)
         begin = first_row * S.features
         g = tl.load(grad_out + begin + at, mask=live, other=0.0).to(tl.float32)
         if S.want_x0:
@@ -233,7 +233,7 @@ def backward_kernel(
             if S.grad_trajectory:
                 g += tl.load(grad_states + ((t + 1) * grad_size + begin) + at, mask=live, other=0.0)
             g = reverse(
-                states + ((t - first) * S.stages * size + begin) + there, size, g, x0 + begin + there, own, at, live,
+                states + ((t - first) * S.stages * size + begin) + at, size, g, x0 + begin + at, own, at, live,
                 ring, scalars, first_row, coefficients, state_scale, x0_scale, table, t, iterations, first, rows,
                 sets, dtype, eps, slope, REVERSE, S,
             )  # fmt: skip
@@ -269,12 +269,13 @@ def reverse(
 ):  # fmt: skip
     """From the addresses of h_t and g = dL/dh_{t+1} to dL/dh_t; everything else is written or accumulated.
 
-    dL/dx0, dL/dz and dL/dS are added up in scratch, and g waits there for the products: every solver takes Euler's registers.
+    dL/dx0, dL/dz and dL/dS are added up in scratch, where g waits for the products and dL/dx for the scalars: every solver
+    takes Euler's registers.
     """
     slot: tl.constexpr = S.tile * S.columns
     row, _ = table_row(table, t, iterations, sets, S)
     coefficients += t * S.stages * 5
-    alive = tl.sum(live.to(tl.int32), 1) > 0
+    alive = tl.arange(0, S.tile) < ring_rows - ring_row
     one = tl.full((), 1, tl.int64)
     scalars += one * (t - first) * (S.stages * 5 + 2) * ring_rows + ring_row + tl.arange(0, S.tile)
     capacity = one * S.stages * (iterations - first) * ring_rows
@@ -293,13 +294,16 @@ def reverse(
         if S.want_parameters:
             tl.store(ring + record * S.features + at, x.to(dtype), mask=live)
         x = affine(x, row, dtype, S)
-        dx, dw = REVERSE(x, g, tl.load(c + 3), row, ring, record, capacity, at, dtype, slope, live, S)
+        dx, dw = REVERSE(x, g, own + 4 * slot, tl.load(c + 3), row, ring, record, capacity, at, dtype, slope, live, S)
+        if S.want_scalars:
+            keep(own + 4 * slot, dx)
         g = tl.load(own + 3 * slot)
+        field = scalars + s * 5 * ring_rows
+        if S.want_scalars:
+            z = stage_input(0, state, size, x0, state_scale, x0_scale, t, S)
+            tl.store(field, tl.sum(g * z, 1), mask=alive)
         y = stage_input(s, state, size, x0, state_scale, x0_scale, t, S)
         if S.want_scalars:
-            field = scalars + s * 5 * ring_rows
-            z = stage_input(0, state, size, x0, state_scale, x0_scale, t, S) if S.stages > 1 else y
-            tl.store(field, tl.sum(g * z, 1), mask=alive)
             tl.store(field + ring_rows, tl.sum(g * y, 1), mask=alive)
             tl.store(field + 3 * ring_rows, dw, mask=alive)
             if S.uses_sum:
@@ -312,6 +316,8 @@ def reverse(
         g = tl.load(c + 1) * g
         if S.uses_sum:
             g += tl.load(c + 4) * tl.load(own + 2 * slot)
+        if S.want_scalars:
+            dx = tl.load(own + 4 * slot)
         g += normalise_backward(dx, y, row, dtype, eps, S)
     if S.uses_z:
         g += tl.load(own + slot)

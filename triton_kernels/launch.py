@@ -1,10 +1,9 @@
-"""From a `Problem` to launches: pointer tables, scratch, and the weight gradients from what a backward launch leaves behind."""
+"""From a `Problem` to launches of the kernels: one for forward, and for backward some for each chunk of rows."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +18,8 @@ from .configs import SCALES, SLOTS, Tile
 from .iterate import Static, backward_kernel, forward_kernel
 from .linear import linear_reverse, linear_update
 from .mlp import mlp_reverse, mlp_update
-from .ring import NORM, Layer, Ring
-
-# The pointer table, coefficients and scales: what every launch of a call reads.
-Tables = tuple[Tensor, Tensor, Tensor, Tensor]
+from .ring import Layer, Ring
+from .tables import Tables, prepared, tables
 
 
 class Op(NamedTuple):
@@ -48,17 +45,14 @@ OPS = {
     ),
 }
 
-# Bytes that Triton may take for granted of a parameter's address.
-ALIGNMENT = 16
-
 
 def forward(problem: Problem, plan: Plan, out: Tensor) -> Tensor:
     """Writes h_T into `out` (same shape as h; h itself is allowed); returns all states (T+1, ...), or an empty tensor."""
-    problem = _prepared(problem)
+    problem = prepared(problem)
     h, keep = _flat(problem.h, problem), problem.options.trajectory
     trajectory = h.new_empty((problem.iterations + 1, *problem.h.shape) if keep else 0, dtype=torch.float32)
     last = out.view(h.shape) if out.is_contiguous() else torch.empty_like(h)
-    _walk(problem, plan, h, _flat(problem.x0, problem), last, _tables(problem), trajectory if keep else None, 0, 1)
+    _walk(problem, plan, h, _flat(problem.x0, problem), last, tables(problem), trajectory if keep else None, 0, 1)
     if not out.is_contiguous():
         out.copy_(last.view(out.shape))
     return trajectory
@@ -77,60 +71,88 @@ def backward(
     Chunks of rows, so that what a launch leaves behind is bounded: forward once more, keeping the inputs of the chunk's stages
     unless the trajectory that was saved has them; then the backward kernel; then the sums and products of what that wrote.
     """
-    given, problem = problem, _prepared(problem)
-    op, tile = OPS[problem.op], plan.backward_tile
-    assert tile is not None
-    h, x0, features = _flat(problem.h, problem), _flat(problem.x0, problem), problem.features
-    rows, first = min(plan.chunk_rows, h.shape[0]), problem.first_grad
-    iterations, stages_ = problem.iterations - first, problem.coefficients.shape[1]
-    names = [name for name, tensors in problem.parameters.items() for _ in tensors]
-    parameters = {name for name, need in zip(names, needs[LEADING:], strict=True) if need}
-    width = {"D": features, "H": problem.hidden}
-    fields = {name: width[w] for name, w in op.fields.items() if name != "dgate" or problem.gated}
-    layers = tuple(layer for layer in op.layers if layer.left in fields)
-    ring = Ring(problem, fields, layers, parameters, rows, plan.parts)
-    static = _static(
-        problem, tile, grad_trajectory=grad_trajectory is not None, want_x0=needs[1], want_scalars=any(needs[2:LEADING]),
-        want_parameters=bool(parameters),
-    )  # fmt: skip
-    programs = min(plan.programs, triton.cdiv(rows, tile.rows))
+    call = _Backward(prepared(problem), plan, grad_out, grad_trajectory, trajectory, needs)
+    rows = call.h.shape[0]
+    for start in range(0, rows, max(call.rows, 1)):
+        chunk = slice(start, min(start + call.rows, rows))
+        call.reverse(chunk, call.states(chunk))
+    return _collect(problem, needs, call.grad_h, call.grad_x0, call.totals, call.ring.gradients())
 
-    float32 = functools.partial(torch.empty, dtype=torch.float32, device=h.device)
-    # A trajectory has the inputs of first stages only.
-    saved = None if trajectory is None or stages_ > 1 else trajectory.view(problem.iterations + 1, *h.shape)[first:]
-    walked = float32((iterations * stages_ + 1) * rows * features if saved is None else 0)
-    scratch = float32(programs * SLOTS * tile.rows * static.columns)
-    fields_of_scalars = stages_ * 5 + SCALES
-    scalars = float32(iterations * fields_of_scalars * rows if static.want_scalars else 0)
-    totals = torch.zeros(problem.iterations, fields_of_scalars, dtype=torch.float64, device=h.device)
-    grad_h, grad_x0 = torch.empty_like(h), torch.empty_like(h if needs[1] else h[:0])
-    grad_out = torch.zeros_like(h) if grad_out is None else _flat(grad_out, problem)
-    grad_states = None if grad_trajectory is None else grad_trajectory.reshape(problem.iterations + 1, *h.shape).contiguous()
 
-    tables = _tables(problem)
-    for start in range(0, h.shape[0], max(rows, 1)):
-        chunk = slice(start, min(start + rows, h.shape[0]))
-        count = chunk.stop - chunk.start
-        if saved is None:
-            states = walked[: (iterations * stages_ + 1) * count * features].view(-1, count, features)
-            # The last state is not needed: it goes where the gradient of h will be.
-            _walk(problem, plan, h[chunk], x0[chunk], grad_h[chunk], tables, states, first, stages_)
-        else:
-            states = saved[:, chunk]
-        # What the kernel does not write is 0: fields that this solver does not have.
-        written = scalars[: iterations * fields_of_scalars * count if static.want_scalars else 0].zero_()
-        _launch(
-            backward_kernel[(min(programs, triton.cdiv(count, tile.rows)),)], tile,
-            x0[chunk], states, grad_out[chunk], states if grad_states is None else grad_states[:, chunk],
-            grad_h[chunk], grad_x0[chunk], scratch, ring.records, written, *tables,
-            count, states.stride(0) // features, h.shape[0], problem.iterations, first, problem.sets,
-            problem.options.eps, problem.options.negative_slope, REVERSE=op.reverse, S=static,
+class _Backward:
+    """The tensors of a call, its gradients, and the buffers that its chunks of at most `rows` rows use one after the other."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        plan: Plan,
+        grad_out: Tensor | None,
+        grad_trajectory: Tensor | None,
+        trajectory: Tensor | None,
+        needs: Sequence[bool],
+    ) -> None:
+        assert plan.backward_tile is not None
+        self.problem, self.plan, self.tile, self.tables = problem, plan, plan.backward_tile, tables(problem)
+        self.h, self.x0 = _flat(problem.h, problem), _flat(problem.x0, problem)
+        h, self.rows = self.h, min(plan.chunk_rows, self.h.shape[0])
+        self.first, self.iterations = problem.first_grad, problem.iterations - problem.first_grad
+        self.stages = problem.coefficients.shape[1]
+        shape = (problem.iterations + 1, *h.shape)
+        self.grad_out = torch.zeros_like(h) if grad_out is None else _flat(grad_out, problem)
+        self.grad_states = None if grad_trajectory is None else grad_trajectory.reshape(shape).contiguous()
+        # A trajectory has the inputs of first stages only.
+        self.saved = None if trajectory is None or self.stages > 1 else trajectory.view(shape)[self.first :]
+
+        names = [name for name, tensors in problem.parameters.items() for _ in tensors]
+        wanted = {name for name, need in zip(names, needs[LEADING:], strict=True) if need}
+        self.static = _static(
+            problem, self.tile, grad_trajectory=grad_trajectory is not None, want_x0=needs[1],
+            want_scalars=any(needs[2:LEADING]), want_parameters=bool(wanted),
         )  # fmt: skip
-        if static.want_scalars:
-            totals[first:] += written.view(iterations, fields_of_scalars, count).sum(-1, dtype=torch.float64)
-        if ring.layers:
-            ring.add(count)
-    return _collect(given, needs, grad_h, grad_x0, totals, ring.gradients())
+        self.grad_h, self.grad_x0 = torch.empty_like(h), torch.empty_like(h if needs[1] else h[:0])
+        self.totals = torch.zeros(problem.iterations, self.stages * 5 + SCALES, dtype=torch.float64, device=h.device)
+        self.ring = self._ring(wanted)
+
+        float32 = functools.partial(torch.empty, dtype=torch.float32, device=h.device)
+        self.programs = min(plan.programs, triton.cdiv(self.rows, self.tile.rows))
+        self.scratch = float32(self.programs * SLOTS * self.tile.rows * self.static.columns)
+        self.walked = float32((self.iterations * self.stages + 1) * h[: self.rows].numel() if self.saved is None else 0)
+        self.scalars = float32(self.totals[self.first :].numel() * self.rows if self.static.want_scalars else 0)
+
+    def _ring(self, wanted: set[str]) -> Ring:
+        problem, op = self.problem, OPS[self.problem.op]
+        width = {"D": problem.features, "H": problem.hidden}
+        fields = {name: width[w] for name, w in op.fields.items() if name != "dgate" or problem.gated}
+        layers = tuple(layer for layer in op.layers if layer.left in fields)
+        return Ring(problem, fields, layers, wanted, self.rows, self.plan.parts)
+
+    def states(self, chunk: slice) -> Tensor:
+        """The inputs of the chunk's stages (iterations * stages + 1, rows, D), from `first` on."""
+        if self.saved is not None:
+            return self.saved[:, chunk]
+        h = self.h[chunk]
+        states = self.walked[: (self.iterations * self.stages + 1) * h.numel()].view(-1, *h.shape)
+        # The last state is not needed: it goes where the gradient of h will be.
+        _walk(self.problem, self.plan, h, self.x0[chunk], self.grad_h[chunk], self.tables, states, self.first, self.stages)
+        return states
+
+    def reverse(self, chunk: slice, states: Tensor) -> None:
+        """Gradients of the chunk's rows; what sums over rows need of it is added up."""
+        problem, options, count = self.problem, self.problem.options, chunk.stop - chunk.start
+        # What the kernel does not write is 0: fields that this solver does not have.
+        scalars = self.scalars[: self.totals[self.first :].numel() * count if self.static.want_scalars else 0].zero_()
+        _launch(
+            backward_kernel[(min(self.programs, triton.cdiv(count, self.tile.rows)),)], self.tile,
+            self.x0[chunk], states, self.grad_out[chunk], states if self.grad_states is None else self.grad_states[:, chunk],
+            self.grad_h[chunk], self.grad_x0[chunk], self.scratch, self.ring.records, scalars, *self.tables,
+            count, states.stride(0) // problem.features, self.h.shape[0], problem.iterations, self.first, problem.sets,
+            options.eps, options.negative_slope, REVERSE=OPS[problem.op].reverse, S=self.static,
+        )  # fmt: skip
+        if self.static.want_scalars:
+            written = scalars.view(self.iterations, self.stages * 5 + SCALES, count)
+            self.totals[self.first :] += written.sum(-1, dtype=torch.float64)
+        if self.static.want_parameters:
+            self.ring.add(count)
 
 
 def _walk(
@@ -214,66 +236,3 @@ def _static(problem: Problem, tile: Tile, **flags: Any) -> Static:
         x0_scale=problem.x0_scale is not None,
         **flags,
     )
-
-
-def _prepared(problem: Problem) -> Problem:
-    """The parameters as the kernels read them: contiguous, at aligned addresses, gain and bias of the norm in one dtype.
-
-    The new problem holds the copies that this takes for as long as the launches need them.
-    """
-    norm = {p.dtype for name in NORM for p in problem.parameters[name]}
-    dtypes = dict.fromkeys(NORM, torch.float32) if len(norm) > 1 else {}
-
-    def ready(p: Tensor, dtype: torch.dtype) -> Tensor:
-        p = p.to(dtype).contiguous()
-        return p.clone() if p.data_ptr() % ALIGNMENT else p
-
-    parameters = {name: [ready(p, dtypes.get(name, p.dtype)) for p in ps] for name, ps in problem.parameters.items()}
-    state_scale, x0_scale = (None if s is None else s.contiguous() for s in (problem.state_scale, problem.x0_scale))
-    coefficients = problem.coefficients.contiguous()
-    return replace(problem, parameters=parameters, coefficients=coefficients, state_scale=state_scale, x0_scale=x0_scale)
-
-
-def _tables(problem: Problem) -> Tables:
-    """Pointers (L, parameters), coefficients and scales; a scale that is not given is never read."""
-    rows = []
-    for index in range(problem.sets):
-        row = [problem.parameter(name, index) for name in problem.parameters]
-        rows.append(tuple(0 if p is None else p.data_ptr() for p in row))
-    coefficients = problem.coefficients
-    state_scale, x0_scale = (coefficients if s is None else s for s in (problem.state_scale, problem.x0_scale))
-    return _pointers(tuple(rows), problem.h.device), coefficients, state_scale, x0_scale
-
-
-@functools.lru_cache(maxsize=256)
-def _pointers(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """Copied to the device once for each set of addresses, so that a call under CUDA-graph capture copies nothing."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "CUDA-graph capture: call the op with these parameters once before, so that their addresses are copied"
-        )
-    return torch.tensor(rows, dtype=torch.int64, device=device)
-
-
-def _fields(ring: Tensor, fields: dict[str, int], problem: Problem, stages_: int, rows: int) -> dict[str, Tensor]:
-    """The ring's fields as (iterations, stages, rows, width)."""
-    iterations, views, start = problem.iterations - problem.first_grad, {}, 0
-    for name, width in fields.items():
-        size = iterations * stages_ * rows * width
-        views[name] = ring[start : start + size].view(iterations, stages_, rows, width)
-        start += size
-    return views
-
-
-def _records(problem: Problem, index: int) -> slice:
-    """The iterations of a parameter set, from `first_grad` on: one apart, or L apart."""
-    found = [t - problem.first_grad for t in range(problem.first_grad, problem.iterations) if problem.set_at(t) == index]
-    return slice(found[0], found[-1] + 1, found[1] - found[0] if len(found) > 1 else 1) if found else slice(0)
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """The sum of left^T right over iterations, stages and rows: one product for each iteration and stage, added in order."""
-    left, right = left.flatten(0, 1).mT, right.flatten(0, 1)
-    if left.device.type == "cpu" or left.dtype == torch.float32:
-        return torch.bmm(left.float(), right.float()).sum(0)
-    return torch.bmm(left, right, out_dtype=torch.float32).sum(0)

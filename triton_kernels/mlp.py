@@ -56,7 +56,7 @@ def mlp_update(x, y, w, row, dtype, slope, S: tl.constexpr):
 
 
 @triton.jit
-def mlp_reverse(x, g, w, row, ring, record, capacity, at, dtype, slope, live, S: tl.constexpr):
+def mlp_reverse(x, g, own, w, row, ring, record, capacity, at, dtype, slope, live, S: tl.constexpr):
     operand = g.to(dtype)
     dx = tl.full((S.tile, S.columns), 0.0, tl.float32)
     # <g, F(x)>

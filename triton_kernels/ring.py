@@ -43,17 +43,19 @@ class Ring:
     def __init__(
         self, problem: Problem, fields: dict[str, int], layers: tuple[Layer, ...], wanted: set[str], rows: int, parts: int
     ) -> None:
-        self.problem, self.parts, self.fields = problem, parts, fields
+        self.problem, self.parts, self.fields, self.wanted = problem, parts, fields, wanted
         self.iterations, self.stages = problem.iterations - problem.first_grad, problem.coefficients.shape[1]
         before = wanted.intersection(NORM)
         self.layers = [e for e in layers if {e.weight, e.bias} & wanted or (e.right == NORMED and before)]
+        # A gain needs the products of the layers that it stands before; biases need sums only.
+        multiplied = [e for e in self.layers if e.weight in wanted or (e.right == NORMED and "norm_weight" in wanted)]
         size = self.iterations * self.stages * rows * sum(fields.values()) if self.layers else 0
         self.records = problem.h.new_empty(size)
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(problem.sets, *shape, dtype=torch.float32, device=problem.h.device)
 
-        self.products = {e.weight: zeros(fields[e.left], fields[e.right]) for e in self.layers}
+        self.products = {e.weight: zeros(fields[e.left], fields[e.right]) for e in multiplied}
         self.sums = {e.weight: zeros(fields[e.left]) for e in self.layers}
 
     def add(self, rows: int) -> None:
@@ -63,31 +65,33 @@ class Ring:
         for layer, index in itertools.product(self.layers, range(self.problem.sets)):
             left, right = views[layer.left], views[layer.right]
             for block in self._blocks(index):
-                self.products[layer.weight][index] += _product(
-                    left[block].flatten(0, 2), right[block].flatten(0, 2), self.parts
-                )
+                if layer.weight in self.products:
+                    product = _product(left[block].flatten(0, 2), right[block].flatten(0, 2), self.parts)
+                    self.products[layer.weight][index] += product
                 sums = left[block].sum(2, dtype=torch.float32)
                 self.sums[layer.weight][index] += (sums * scale[block] if layer.unscaled else sums).sum((0, 1))
 
     def gradients(self) -> dict[str, Tensor]:
-        """Gradients of the parameters, (L, ...), by name.
+        """Gradients of the wanted parameters, (L, ...), by name.
 
         With x = gain n + bias before W, and P = left^T n, s = the sum of left: dL/dW = gain P + s bias^T,
         dL/dgain = the sum of W P over its rows, dL/dbias = s W.
         """
         found: dict[str, Tensor] = {}
         for layer in self.layers:
-            product, total = self.products[layer.weight], self.sums[layer.weight]
+            product, total = self.products.get(layer.weight), self.sums[layer.weight]
             found[layer.bias] = total
             if layer.right == NORMED:
                 weight = torch.stack(self.problem.parameters[layer.weight]).float()
-                gain, bias = (self._stacked(name) for name in NORM)
-                for name, share in (("norm_weight", weight * product), ("norm_bias", weight * total[:, :, None])):
-                    found[name] = found.get(name, 0) + share.sum(1)
-                product = product if gain is None else product * gain[:, None]
-                product = product if bias is None else product + total[:, :, None] * bias[:, None]
-            found[layer.weight] = product
-        return found
+                found["norm_bias"] = found.get("norm_bias", 0) + (weight * total[:, :, None]).sum(1)
+                if product is not None:
+                    found["norm_weight"] = found.get("norm_weight", 0) + (weight * product).sum(1)
+                    gain, bias = (self._stacked(name) for name in NORM)
+                    product = product if gain is None else product * gain[:, None]
+                    product = product if bias is None else product + total[:, :, None] * bias[:, None]
+            if product is not None:
+                found[layer.weight] = product
+        return {name: found[name] for name in self.wanted}
 
     def _stacked(self, name: str) -> Tensor | None:
         """A parameter's sets in float32; None where the problem does not have it."""
