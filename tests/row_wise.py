@@ -6,12 +6,11 @@ every problem has several of them, the last one ragged.
 
 from __future__ import annotations
 
+import importlib
 import zlib
 from itertools import combinations
 
 import cases
-import hypothesis
-import hypothesis.strategies as st
 import pytest
 import torch
 from cases import assert_close, assert_same_bits, build, gradients, planned
@@ -170,6 +169,10 @@ class RowWise:
 
 def random_shapes(op):
     """A class's `test_random_shapes`: one test function for each op, as hypothesis wants it."""
+
+    # Imported here: tests of hardware take this module's data, and run where there is no hypothesis.
+    hypothesis = importlib.import_module("hypothesis")
+    st = importlib.import_module("hypothesis.strategies")
 
     @hypothesis.settings(max_examples=80)
     @hypothesis.given(data=st.data())
