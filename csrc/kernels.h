@@ -9,6 +9,7 @@ namespace score {
 
 // Activations that are compiled together: see activation.cuh.
 enum class Family { relu, piecewise, gelu, sigmoidal };
+Family family(Activation activation);
 
 struct Kernel {
   Op op;

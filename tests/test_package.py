@@ -21,22 +21,24 @@ MODULES = {str(path.relative_to(ROOT)) for path in (ROOT / "score_kernels").rglo
 # In the tree the package reaches them through a link, in the archives they are files like any other.
 KERNELS = {f"score_kernels/triton_kernels/{path.name}" for path in (ROOT / "triton_kernels").glob("*.py")}
 MODULES |= KERNELS
+SOURCES = {"CMakeLists.txt", *(f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir())}
 
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory):
-    """The names in the source distribution and in the wheel that is built from it, without their leading folder."""
+    """What is in the source distribution, without its leading folder, and in the wheel that is built from it, Python only."""
     folder = tmp_path_factory.mktemp("build")
-    for name in ("score_kernels", "triton_kernels", "tests", "bench"):
+    for name in ("score_kernels", "triton_kernels", "csrc", "tests", "bench"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     # No network: nothing is installed for the build, and nothing of torch is needed by it.
     (folder / "blocked").mkdir()
     (folder / "blocked" / "torch.py").write_text("raise ImportError('the build must not need torch')")
     subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(folder)],
-        check=True, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(folder / "blocked")},
+        check=True, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "SCORE_KERNELS_CUDA": "0", "PYTHONPATH": str(folder / "blocked")},
     )  # fmt: skip
     (source,), (wheel,) = (folder / "dist").glob("*.tar.gz"), (folder / "dist").glob("*.whl")
     with tarfile.open(source) as archive:
@@ -48,7 +50,7 @@ def archives(tmp_path_factory):
 
 def test_source_distribution(archives):
     source, _ = archives
-    assert source.keys() >= MODULES | {
+    assert source.keys() >= MODULES | SOURCES | {
         "score_kernels/py.typed",
         "LICENSE",
         "README.md",
@@ -56,7 +58,8 @@ def test_source_distribution(archives):
         "setup.py",
         "PKG-INFO",
     }
-    assert not [name for name in source if name.startswith(("tests/", "bench/", ".ci/", "docs/"))]
+    elsewhere = ("tests/", "bench/", ".ci/", "docs/", "build/", "score_kernels/_cuda")
+    assert not [name for name in source if name.startswith(elsewhere)]
 
 
 def test_wheel(archives):
