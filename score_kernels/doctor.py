@@ -82,7 +82,7 @@ def render(report: Facts) -> str:
         ("Triton", report["triton"]["version"] or f"{report['triton']['error']} (not required)"),
         ("nvcc", _describe_tool(report["nvcc"], "not required")),
         ("C++ compiler", _describe_tool(report["cxx"], "only torch.compile needs one")),
-        ("compiled module", f"none: {MISSING['cuda']}"),
+        ("compiled module", _describe_module()),
         *((f"backend {name}", reason or "available") for name, reason in report["backends"].items()),
         *(("switch", f"{name}={value}") for name, value in report["switches"].items()),
         ("threads", f"torch uses {threads['torch'] or 'an unknown number'}, {threads['cpus']} CPUs"),
@@ -278,6 +278,16 @@ def _describe_cuda(cuda: Facts) -> str:
     driver = f", driver {cuda['driver']}" if cuda["driver"] else ""
     devices = ", ".join(f"{d['name']} (compute capability {d['capability']}, {d['memory_mb']} MB)" for d in cuda["devices"])
     return (devices or cuda["error"] or "none that torch can use") + driver
+
+
+def _describe_module() -> str:
+    try:
+        module = importlib.import_module("score_kernels._cuda")
+    except ModuleNotFoundError:
+        return "not built (docs/building.md says how)"
+    except ImportError as error:
+        return f"broken: {error}"
+    return f"for {', '.join(module.architectures())}; {MISSING['cuda']}"
 
 
 def _describe_tool(tool: Facts, why: str) -> str:

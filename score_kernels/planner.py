@@ -10,7 +10,7 @@ from .triton_kernels.configs import BACKWARD, FORWARD, INTERPRETED, SCALES, SLOT
 BACKENDS = ("reference", "blas", "triton")
 
 # Backends that the design has and this version does not: what `explain` and errors say of them.
-MISSING = {"cuda": "the CUDA kernels are not part of this version"}
+MISSING = {"cuda": "no op calls the CUDA kernels yet"}
 
 # What the name of a backend that was not chosen for backward alone ends with.
 IN_BACKWARD = " in backward"

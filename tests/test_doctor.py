@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +94,19 @@ def test_table_names_every_finding_once(capsys: pytest.CaptureFixture[str], monk
         assert names.count(name) == 1
     assert [name for name in names if name.startswith("backend")] == [f"backend {name}" for name in (*BACKENDS, *MISSING)]
     assert "SCORE_KERNELS_STRICT=1" in "\n".join(lines)
+
+
+@pytest.mark.parametrize("state", ["built", "not built", "broken"])
+def test_compiled_module(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def imported(name: str) -> object:
+        assert name == "score_kernels._cuda"
+        if state == "built":
+            return SimpleNamespace(architectures=lambda: ["sm_80", "sm_90a"])
+        raise ImportError("undefined symbol: x") if state == "broken" else ModuleNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "importlib", SimpleNamespace(import_module=imported))
+    expected = {"built": "for sm_80, sm_90a; ", "not built": "not built (docs/building.md", "broken": "broken: undefined"}
+    assert doctor._describe_module().startswith(expected[state])
 
 
 def test_wrong_result_is_a_problem(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

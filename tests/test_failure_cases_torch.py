@@ -502,7 +502,7 @@ def test_failure_case_29_import_and_training(before, environment):
 
 def test_failure_case_29_the_message_of_a_missing_backend():
     with pytest.raises(
-        ValueError, match="backend='cuda': the CUDA kernels are not part of this version; available: reference, blas, triton"
+        ValueError, match="backend='cuda': no op calls the CUDA kernels yet; available: reference, blas, triton"
     ):
         sk.ScoreLinear(D, backend="cuda")
 
