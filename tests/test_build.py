@@ -263,6 +263,7 @@ def stand_in(project):
     for op, arch in (("linear", 80), ("linear", 90), ("mlp", 80), ("mlp", 90)):
         (project / f"csrc/{op}_forward_sm{arch}.cu").write_text(KERNEL.format(op=op, arch=arch))
     (project / "csrc/pack.cu").write_text(PACK)
+    (project / "tests/cuda/layouts.cu").write_text("int main() {}")
     headers = project / "cutlass" / "include" / "cute"
     headers.mkdir(parents=True)
     (headers / "tensor.hpp").touch()
@@ -281,7 +282,7 @@ def test_a_build_with_cmake_alone(stand_in, tmp_path):
     assert "100% tests passed" in run(str(Path(CMAKE).with_name("ctest")), "--test-dir", "build", cwd=folder)
 
     reports = {path.name: path.read_text() for path in folder.glob("build/ptxas/*.txt")}
-    assert reports.keys() == {"pack.cu.txt", "linear_forward_sm80.cu.txt", "mlp_forward_sm80.cu.txt"}
+    assert reports.keys() == {f"{name}.cu.txt" for name in ("pack", "linear_forward_sm80", "mlp_forward_sm80", "layouts")}
     assert re.search("Compiling entry function .* for 'sm_80'", reports["mlp_forward_sm80.cu.txt"])
     assert re.search("0 bytes spill stores.*\n.*Used \\d+ registers", reports["mlp_forward_sm80.cu.txt"])
 
