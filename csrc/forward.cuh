@@ -141,28 +141,19 @@ struct Iterate {
 
   // x = norm(y), rounded, as operand A of the products of this iteration.
   static SCORE_HD void normalise(Forward const& p, Arch& arch, float const (&y)[kState], int lane, float const* vectors,
-                                 Images const& images, typename Arch::Operand& x) {
+                                 Images const& images, std::uint32_t (&x)[C::kColumns / 4]) {
     float mean[2] = {0.0f, 0.0f}, scale[2] = {1.0f, 1.0f};
     if (p.norm != Norm::none) statistics(p, arch, y, lane, mean, scale);
     float const *gain = vectors + images.gain() + 2 * (lane & 3), *bias = gain + C::kColumns;
-    arch.before_operand();
-    SCORE_UNROLL
-    for (int j = 0; j < C::kColumns / 16; ++j) {
-      std::uint32_t packed[4];
-      SCORE_UNROLL
-      for (int i = 0; i < 8; i += 2) {
-        int const at = 8 * j + i, r = half_of(i), column = column_of(at, 0);
-        float a = y[at], b = y[at + 1];
-        if (p.norm != Norm::none) {
-          float2 const g = *reinterpret_cast<float2 const*>(gain + column), s = *reinterpret_cast<float2 const*>(bias + column);
-          a = fmaf((a - mean[r]) * scale[r], g.x, s.x);
-          b = fmaf((b - mean[r]) * scale[r], g.y, s.y);
-        }
-        packed[i / 2] = Number::pack(a, b);
+    pairs_of<C::kColumns>([&](int i, int r, int column) {
+      float a = y[i], b = y[i + 1];
+      if (p.norm != Norm::none) {
+        float2 const g = *reinterpret_cast<float2 const*>(gain + column), s = *reinterpret_cast<float2 const*>(bias + column);
+        a = fmaf((a - mean[r]) * scale[r], g.x, s.x);
+        b = fmaf((b - mean[r]) * scale[r], g.y, s.y);
       }
-      arch.set_operand(x, j, packed);
-    }
-    arch.after_operand();
+      x[i / 2] = Number::pack(a, b);
+    });
   }
 
   // All iterations of the group of rows that begins at `first`; `thread` counts within the group.
@@ -182,7 +173,7 @@ struct Iterate {
       }
       int const set = set_of(p, t);
       float const* vectors = images.vectors(p.packed, set);
-      typename Arch::Operand x;
+      std::uint32_t x[C::kColumns / 4];
       normalise(p, arch, y, lane, vectors, images, x);
       Block<C>::update(p, arch, weights, images, vectors, set, lane, x, y, p.coefficients[5 * t + 1], p.coefficients[5 * t + 3]);
     }

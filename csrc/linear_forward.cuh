@@ -11,7 +11,7 @@ struct Block<C, Op::linear> {
   static constexpr int kFragment = C::kChunk / 2;
 
   static SCORE_HD void update(Forward const& p, Arch& arch, typename Arch::Weights& weights, Images const&,
-                              float const* vectors, int set, int lane, typename Arch::Operand const& x,
+                              float const* vectors, int set, int lane, std::uint32_t const (&x)[C::kColumns / 4],
                               float (&y)[C::kColumns / 2], float q, float w) {
     int const left = p.features - 2 * (lane & 3);
     SCORE_UNROLL

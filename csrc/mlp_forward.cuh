@@ -14,7 +14,7 @@ struct Block<C, Op::mlp> {
   static constexpr int kFragment = C::kChunk / 2, kPart = C::kChunk * C::kColumns;
 
   static SCORE_HD void update(Forward const& p, Arch& arch, typename Arch::Weights& weights, Images const& images,
-                              float const* vectors, int set, int lane, typename Arch::Operand const& x,
+                              float const* vectors, int set, int lane, std::uint32_t const (&x)[C::kColumns / 4],
                               float (&y)[C::kColumns / 2], float q, float w) {
     float const* result_bias = vectors + images.result_bias() + 2 * (lane & 3);
     pairs_of<C::kColumns>([&](int i, int, int column) {

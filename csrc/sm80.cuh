@@ -25,10 +25,6 @@ struct Sm80 {
 
   using Element = typename C::Element;
 
-  struct Operand {
-    std::uint32_t a[C::kColumns / 4];
-  };
-
   // The ring, whose next item every thread helps to load when it asks for one.
   struct Weights {
     Forward const& p;
@@ -84,12 +80,6 @@ struct Sm80 {
     v += __shfl_xor_sync(~0u, v, 1);
     return v + __shfl_xor_sync(~0u, v, 2);
   }
-  __device__ void before_operand() const {}
-  __device__ void set_operand(Operand& x, int j, std::uint32_t const (&packed)[4]) const {
-    SCORE_UNROLL
-    for (int i = 0; i < 4; ++i) x.a[4 * j + i] = packed[i];
-  }
-  __device__ void after_operand() const {}
 
   // mma.sync has landed when the instruction after it reads it.
   template <int N>
@@ -123,10 +113,6 @@ struct Sm80 {
         }
       }
     }
-  }
-  template <int K, int HALF>
-  __device__ void multiply(float (&c)[HALF], Operand const& x, Element const* b) const {
-    multiply<K>(c, x.a, b);
   }
 };
 

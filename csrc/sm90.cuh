@@ -3,12 +3,10 @@
 //   block     warpgroup 0 loads weights; warpgroups 1 ... kGroups have 64 rows each
 //   ring      kStages items of weights. If all items of a call fit, each is loaded once and stays; otherwise the items go
 //             round, each block fetching a half of an item for both, so that an item serves 2 * kGroups * 64 rows
-//   operand   x is in registers up to D = 128; at 256 they do not hold it beside the state, and it is in shared memory
 #pragma once
 #include <cuda_runtime.h>
 
 #include <cute/arch/cluster_sm90.hpp>
-#include <cute/arch/copy_sm90.hpp>
 #include <cute/atom/mma_atom.hpp>
 #include <cute/tensor.hpp>
 #include <cutlass/arch/barrier.h>
@@ -24,11 +22,10 @@ struct Sm90 {
   static constexpr int kArch = 90, kGroups = 2, kCluster = 2, kThreads = 128 * (kGroups + 1);
   // Shares of 168 registers for each of 384 threads, which is what the launch allocates.
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-  static constexpr bool kShared = C::kColumns > 128;
   static constexpr int kMaximum = 227 << 10, kAlignment = 1024, kBarriers = 1024;
-  static constexpr int kItemBytes = 2 * C::kItem, kTile = 64 * C::kColumns, kTileBytes = kShared ? kGroups * kTile * 2 : 0;
-  static constexpr int kFit = (kMaximum - kAlignment - kBarriers - kTileBytes) / kItemBytes, kStages = kFit < 32 ? kFit : 32;
-  static constexpr int kSharedBytes = kAlignment + kStages * kItemBytes + kTileBytes + kBarriers;
+  static constexpr int kItemBytes = 2 * C::kItem;
+  static constexpr int kFit = (kMaximum - kAlignment - kBarriers) / kItemBytes, kStages = kFit < 32 ? kFit : 32;
+  static constexpr int kSharedBytes = kAlignment + kStages * kItemBytes + kBarriers;
   static_assert(kStages >= 3);                                     // two items are in use at a time
 
   static int launch(Forward const&, int multiprocessors, CUstream_st*);      // a cudaError_t
@@ -48,17 +45,6 @@ struct Sm90 {
     __device__ void advance() {
       if (++slot == kStages) slot = 0, parity ^= 1;
     }
-  };
-
-  template <int N, int K>
-  static __device__ auto tile(Element const* at) {                 // N x K, K contiguous, swizzled as in weights.cuh
-    using namespace cute;
-    using Atom = conditional_t<(K >= 64), GMMA::Layout_K_SW128_Atom<Element>, GMMA::Layout_K_SW64_Atom<Element>>;
-    return make_tensor(make_smem_ptr(const_cast<Element*>(at)), tile_to_shape(Atom{}, Shape<Int<N>, Int<K>>{}));
-  }
-
-  struct Operand {
-    std::uint32_t a[kShared ? 1 : C::kColumns / 4];
   };
 
   // The consumers' end of the ring.
@@ -84,31 +70,11 @@ struct Sm90 {
     __device__ Element const* at(int slot) const { return ring + slot * C::kItem; }
   };
 
-  Element* operand;                                                // this group's x, where it is in shared memory
-  int group, thread;
+  int thread;                                                      // of the group
 
   __device__ float quad_sum(float v) const {
     v += __shfl_xor_sync(~0u, v, 1);
     return v + __shfl_xor_sync(~0u, v, 2);
-  }
-  __device__ void before_operand() const {                         // every warp's products have read the old x
-    if constexpr (kShared) cutlass::arch::NamedBarrier::sync(128, group);
-  }
-  __device__ void set_operand(Operand& x, int j, std::uint32_t const (&packed)[4]) const {
-    if constexpr (kShared) {
-      int const lane = thread % 32, row = thread / 32 * 16 + lane % 16, column = 16 * j + lane / 16 * 8;
-      cute::SM90_U32x4_STSM_N::copy(packed[0], packed[1], packed[2], packed[3],
-                                    *reinterpret_cast<cute::uint128_t*>(operand + swizzled(row, column, 64, C::kColumns)));
-    } else {
-      CUTE_UNROLL
-      for (int i = 0; i < 4; ++i) x.a[4 * j + i] = packed[i];
-    }
-  }
-  __device__ void after_operand() const {
-    if constexpr (kShared) {
-      cutlass::arch::fence_view_async_shared();
-      cutlass::arch::NamedBarrier::sync(128, group);
-    }
   }
 
   template <int N>
@@ -125,40 +91,22 @@ struct Sm90 {
   template <int PENDING>
   __device__ void wait() const { cute::warpgroup_wait<PENDING>(); }
 
-  // accumulator += A B^T: A is 64 x K, B is N x K at `b`.
+  // accumulator += A B^T: A is 64 x K, B is N x K at `b`, K contiguous and swizzled as in weights.cuh.
   template <int K, int HALF, int WORDS>
   __device__ void multiply(float (&accumulator)[HALF], std::uint32_t const (&a)[WORDS], Element const* b) const {
     using namespace cute;
-    static_assert(WORDS == K / 4);
+    static_assert(WORDS == K / 4 && K % 64 == 0);
     constexpr int N = 2 * HALF;
     auto mma = make_tiled_mma(GMMA::rs_op_selector<Element, Element, float, Shape<_64, Int<N>, Int<K>>, GMMA::Major::K,
                                                    GMMA::Major::K>());
-    auto fragment = make_tensor(reinterpret_cast<Element const*>(a), Layout<Shape<Shape<_2, _2, _2>, _1, Int<K / 16>>>{});
-    product<N, K>(mma, fragment, accumulator, b);
-  }
-  template <int K, int HALF>
-  __device__ void multiply(float (&accumulator)[HALF], Operand const& x, Element const* b) const {
-    using namespace cute;
-    constexpr int N = 2 * HALF;
-    if constexpr (kShared) {
-      auto mma = make_tiled_mma(GMMA::ss_op_selector<Element, Element, float, Shape<_64, Int<N>, Int<K>>, GMMA::Major::K,
-                                                     GMMA::Major::K>());
-      auto slice = mma.get_slice(thread);
-      product<N, K>(mma, slice.make_fragment_A(slice.partition_A(tile<64, K>(operand))), accumulator, b);
-    } else {
-      multiply<K>(accumulator, x.a, b);
-    }
-  }
-
- private:
-  template <int N, int K, class Mma, class A, int HALF>
-  __device__ void product(Mma& mma, A const& a, float (&accumulator)[HALF], Element const* b) const {
-    using namespace cute;
     auto slice = mma.get_slice(thread);
-    auto fragment = slice.make_fragment_B(slice.partition_B(tile<N, K>(b)));
+    auto tile = make_tensor(make_smem_ptr(const_cast<Element*>(b)),
+                            tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{}, Shape<Int<N>, Int<K>>{}));
+    auto left = make_tensor(reinterpret_cast<Element const*>(a), Layout<Shape<Shape<_2, _2, _2>, _1, Int<K / 16>>>{});
+    auto right = slice.make_fragment_B(slice.partition_B(tile));
     auto c = make_tensor(&accumulator[0], Layout<Shape<Shape<_2, _2, Int<N / 8>>, _1, _1>>{});
     CUTE_UNROLL
-    for (int k = 0; k < K / 16; ++k) gemm(mma, a(_, _, k), fragment(_, _, k), c);
+    for (int k = 0; k < K / 16; ++k) gemm(mma, left(_, _, k), right(_, _, k), c);
   }
 };
 
@@ -181,8 +129,7 @@ void forward_sm90(__grid_constant__ Forward const p) {
   char* base = reinterpret_cast<char*>((reinterpret_cast<std::uintptr_t>(raw) + Arch::kAlignment - 1) &
                                        ~std::uintptr_t(Arch::kAlignment - 1));
   Element* ring = reinterpret_cast<Element*>(base);
-  Element* operands = ring + Arch::kStages * C::kItem;
-  auto& barriers = *reinterpret_cast<typename Arch::Barriers*>(base + Arch::kStages * Arch::kItemBytes + Arch::kTileBytes);
+  auto& barriers = *reinterpret_cast<typename Arch::Barriers*>(base + Arch::kStages * Arch::kItemBytes);
   int const warpgroup = cutlass::canonical_warp_group_idx(), thread = threadIdx.x % 128;
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < Arch::kStages; ++slot) {
@@ -234,7 +181,7 @@ void forward_sm90(__grid_constant__ Forward const p) {
   }
   cutlass::arch::warpgroup_reg_alloc<Arch::kConsumerRegisters>();
   int const group = warpgroup - 1;
-  Arch arch{operands + group * (Arch::kShared ? Arch::kTile : 0), group, thread};
+  Arch arch{thread};
   typename Arch::Weights weights{barriers, ring, resident, images.chunks, thread % 32};
   CUTE_NO_UNROLL
   for (int tile = first(); std::int64_t(tile) * rows < p.rows; tile += step())

@@ -28,12 +28,11 @@ from score_kernels.activations import ACTIVATIONS
 from score_kernels.problem import NORMS, SHAPES, Problem
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [ROOT / "tests/cuda/emulation.cpp", *sorted((ROOT / "csrc").glob("*.cuh")), *sorted((ROOT / "csrc").glob("*.h"))]
+COMPILED = [ROOT / "tests/cuda/emulation.cpp", ROOT / "csrc/kernels.cpp"]
+SOURCES = [*COMPILED, *sorted((ROOT / "csrc").glob("*.cuh")), *sorted((ROOT / "csrc").glob("*.h"))]
 
-# The order of the enums in csrc/params.h and csrc/kernels.h.
+# The order of the enum in csrc/params.h.
 DTYPES = (torch.float16, torch.bfloat16)
-FAMILIES = ("relu", "piecewise", "gelu", "sigmoidal")
-FAMILY = {"relu": "relu", "identity": "piecewise", "relu2": "piecewise", "leaky_relu": "piecewise", "gelu": "gelu"}
 
 # (columns, chunk) of the kernels: sm_90 has the first and the second, sm_80 the first and the third.
 SIZES = ((64, 64), (128, 64), (128, 32))
@@ -61,7 +60,7 @@ def emulate():
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         made = library.with_suffix(f".{os.getpid()}")
-        command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", f"-I{include}", f"-I{ROOT / 'csrc'}", SOURCES[0]]
+        command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", f"-I{include}", f"-I{ROOT / 'csrc'}", *COMPILED]
         subprocess.run([*command, "-o", made], check=True)
         made.replace(library)
     return ctypes.CDLL(library).emulate
@@ -88,9 +87,8 @@ def forward(emulate, case, size, *, in_place=False):
         *(None if s is None else s.contiguous() for s in (p.state_scale, p.x0_scale)),
     ]
     pointers = [None if x is None else ctypes.c_void_p(x.data_ptr()) for x in (h, x0, out, states, *keep[1:], keep[0])]
-    family = FAMILIES.index(FAMILY.get(options.activation, "sigmoidal"))
     broken = emulate(
-        OPS.index(case.op), DTYPES.index(h.dtype), *size, family, p.gated, norm_float32, NORMS.index(options.norm),
+        OPS.index(case.op), DTYPES.index(h.dtype), *size, p.gated, norm_float32, NORMS.index(options.norm),
         list(ACTIVATIONS).index(options.activation), options.order == "cyclic", ctypes.c_int64(h.numel() // p.features),
         p.features, p.hidden, p.iterations, p.sets, ctypes.c_float(options.negative_slope), ctypes.c_float(options.eps),
         *pointers,

@@ -27,10 +27,6 @@ template <class C>
 struct Emulated {
   using Element = typename C::Element;
 
-  struct Operand {
-    std::uint32_t a[C::kColumns / 4];
-  };
-
   struct Weights {
     Forward const& p;
     Images images;
@@ -67,11 +63,6 @@ struct Emulated {
     quad.barrier.arrive_and_wait();
     return total;
   }
-  void before_operand() {}
-  void set_operand(Operand& x, int j, std::uint32_t const (&packed)[4]) {
-    for (int i = 0; i < 4; ++i) x.a[4 * j + i] = packed[i];
-  }
-  void after_operand() {}
 
   template <int N>
   void landed(float (&)[N]) {}
@@ -103,10 +94,6 @@ struct Emulated {
       }
       quad.barrier.arrive_and_wait();
     });
-  }
-  template <int K, int HALF>
-  void multiply(float (&c)[HALF], Operand const& x, Element const* b) {
-    multiply<K>(c, x.a, b);
   }
 };
 
@@ -170,8 +157,8 @@ bool run_size(int columns, int chunk, Family family, Pack const& pack, Forward c
 }  // namespace score
 
 // 0, or 1 if the ring was not kept to its rules.
-extern "C" int emulate(int op, int dtype, int columns, int chunk, int family, int gated, int norm_float32, int norm,
-                       int activation, int cyclic, std::int64_t rows, int features, int hidden, int iterations, int sets,
+extern "C" int emulate(int op, int dtype, int columns, int chunk, int gated, int norm_float32, int norm, int activation,
+                       int cyclic, std::int64_t rows, int features, int hidden, int iterations, int sets,
                        float slope, float eps, void const* h, void const* x0, void* out, float* states,
                        float const* coefficients, float const* state_scale, float const* x0_scale, std::int64_t const* table) {
   using namespace score;
@@ -179,5 +166,5 @@ extern "C" int emulate(int op, int dtype, int columns, int chunk, int family, in
   Forward const p{rows, features, hidden, iterations, sets, cyclic != 0, Norm(norm), Activation(activation), slope, eps,
                   h, x0, out, states, coefficients, state_scale, x0_scale, nullptr};
   auto const run = Dtype(dtype) == Dtype::float16 ? run_size<Half> : run_size<BFloat16>;
-  return run(columns, chunk, Family(family), pack, p) ? 0 : 1;
+  return run(columns, chunk, family(p.activation), pack, p) ? 0 : 1;
 }
