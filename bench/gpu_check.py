@@ -160,7 +160,7 @@ def _status(command: Sequence[str], log: IO[str], limit: float) -> int | None:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": path}, start_new_session=True, preexec_fn=_listen,
     )  # fmt: skip
     try:
         return process.wait(max(limit, 0))
@@ -173,6 +173,11 @@ def _status(command: Sequence[str], log: IO[str], limit: float) -> int | None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _listen() -> None:
+    """A process that a shell runs in the background ignores interrupts, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def find_tool(name: str) -> str | None:

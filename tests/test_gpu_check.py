@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -112,12 +114,21 @@ def test_tests_that_were_all_skipped_have_not_passed(tests: str, status: str, tm
         assert verdict.detail == "no test ran: all were skipped"
 
 
+@pytest.fixture
+def in_the_background() -> Iterator[None]:
+    """Interrupts are ignored, as in what a shell runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_the_background")
 def test_what_the_tests_found_before_their_time_was_over_is_told(tmp_path: Path) -> None:
     (tmp_path / "pytest.ini").write_text("[pytest]")
     bad, slow = "def test_bad(): assert 0, 'the reason'", "def test_slow(): __import__('time').sleep(60)"
     (tmp_path / "test_it.py").write_text(f"{bad}\n{slow}\n")
     command = (sys.executable, "-m", "bench.shards", "{out}", str(tmp_path), "-p", "no:cacheprovider")
-    verdict = checked(Step("tests", command, 1.0, gpu=False, check=gpu_check.untested), out=tmp_path, seconds=15)["tests"]
+    verdict = checked(Step("tests", command, 1.0, gpu=False, check=gpu_check.untested), out=tmp_path, seconds=8)["tests"]
     assert verdict.status == "timed out"
     log = (tmp_path / "tests.log").read_text()
     assert "part-0.log: 1 failed" in log
