@@ -108,8 +108,8 @@ def offset(at: int, count: int) -> float:
 
 
 def mark(result: Result, provider: str) -> tuple[str, str]:
-    """The same for a provider in every figure of a result."""
-    at = result.providers.index(provider)
+    """The same for a provider in every figure of a page."""
+    at = list(dict.fromkeys((*result.beside, *result.providers))).index(provider)
     return COLOURS[at % len(COLOURS)], MARKERS[at % len(MARKERS)]
 
 

@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 # A result that is being written does not make the tree it was measured on dirty.
-CODE = (".", ":!bench/results")
+CODE = (".", ":!bench/results", ":!examples/results")
 
 
 def environment(device: str) -> dict[str, Any]:

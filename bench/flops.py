@@ -15,11 +15,18 @@ PASSES = {"forward": (1, 0), "backward": (0, 2), "training": (1, 2)}
 
 def flops(case: Case, mode: str) -> int:
     """Operations in matrix products, 2 per multiply-add, of all iterations and stages that the mode's passes reach."""
-    products = {"linear": 1, "mlp": 3 if case.gated else 2}[case.op]
     stages = len(REPLACE if case.update == "replace" else SOLVERS[case.solver])
     forward, backward = PASSES[mode]
     passes = forward * case.iterations + backward * (case.iterations - case.first_grad)
-    return passes * 2 * products * case.rows * case.features * case.hidden * stages
+    return passes * 2 * _products(case) * case.rows * stages
+
+
+def _products(case: Case) -> int:
+    """Multiply-adds of F for one row; of a causal row those with the keys that it sees, (N + 1) / 2 on average."""
+    attention = 4 * case.features**2 + case.features * (case.tokens + 1 if case.causal else 2 * case.tokens)
+    mlp = (3 if case.gated else 2) * case.features * case.hidden
+    products = {"linear": case.features * case.hidden, "mlp": mlp, "attention": attention, "transformer": attention + mlp}
+    return products[case.op]
 
 
 def traffic(case: Case, mode: str, itemsize: int) -> int:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The benchmark is told to begin nothing new after this share of its time: the problem under way has the rest.
 BENCH_SHARE = 0.6
+
+# The exit status of a command that cannot run on this machine; its last line says what is missing. ctest's tests have the same.
+ABSENT = 77
 
 # What a step whose time is over has left to say what it found: interrupted, pytest tells of the tests that failed.
 LAST_WORDS = 5.0
@@ -78,6 +82,12 @@ def unmeasured(out: Path, name: str) -> str | None:
     return None if any(r["provider"] == "triton" and r["status"] == "ok" for r in rows) else "no Triton kernel was timed"
 
 
+def undecided(out: Path) -> str | None:
+    """Tests of the CUDA part in which no kernel ran on the GPU show nothing of them."""
+    passed = re.search(r"second_opinion \.+ +Passed", (out / "cuda.log").read_text(errors="replace"))
+    return None if passed else "no CUDA kernel ran: see second_opinion in the log"
+
+
 PYTHON = (sys.executable, "-m")
 # All pairs of options are half of the tests and take too long to compile: `pytest -m gpu` has them.
 TESTS = (*PYTHON, "bench.shards", "{out}", "-m", "gpu", "-k", "not in_pairs", "tests/test_gpu.py")
@@ -96,10 +106,12 @@ def bench(name: str, share: float, *providers: str) -> Step:
 STEPS = (
     Step("gpu", (sys.executable, "-c", FIND_GPU), 0.1, gpu=False),
     Step("environment", (*PYTHON, "score_kernels", "doctor", "--json"), 0.15, gpu=False),
+    Step("cuda", (*PYTHON, "bench.cuda"), 0.35, check=undecided),
     Step("tests", TESTS, 0.35, check=untested),
     Step("memcheck", (*SANITIZER, "memcheck", *TINY), 0.1, tool="compute-sanitizer"),
     Step("racecheck", (*SANITIZER, "racecheck", *TINY), 0.1, tool="compute-sanitizer"),
-    bench("headline", 0.5, "eager", "blas", "triton", "auto"),
+    Step("synccheck", (*SANITIZER, "synccheck", *TINY), 0.1, tool="compute-sanitizer"),
+    bench("headline", 0.5, "eager", "blas", "triton", "cuda", "auto"),
     bench("compiled", 1.0),
 )
 
@@ -146,6 +158,8 @@ def run(step: Step, out: Path, limit: float) -> Verdict:
     last = next((line.strip() for line in reversed(lines) if any(map(str.isalpha, line))), "")
     if status is None:
         return verdict("timed out", f"after {limit:.0f} s; {last}")
+    if status == ABSENT:
+        return verdict("absent", last)
     if status != 0:
         return verdict("failed", f"exit status {status}; {last}")
     try:
@@ -158,10 +172,11 @@ def run(step: Step, out: Path, limit: float) -> Verdict:
 def _status(command: Sequence[str], log: IO[str], limit: float) -> int | None:
     """The exit status of a command, or None when it took too long: it is interrupted, and ended with everything it started."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path}, start_new_session=True, preexec_fn=_listen,
-    )  # fmt: skip
+    with _listening():
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
+        )  # fmt: skip
     try:
         return process.wait(max(limit, 0))
     except subprocess.TimeoutExpired:
@@ -175,9 +190,17 @@ def _status(command: Sequence[str], log: IO[str], limit: float) -> int | None:
         process.wait()
 
 
-def _listen() -> None:
-    """A process that a shell runs in the background ignores interrupts, and so would all that it starts."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+@contextmanager
+def _listening() -> Iterator[None]:
+    """What a shell runs in the background ignores interrupts, and so would all that it starts: not what starts in here.
+
+    A preexec_fn would do it in the child, which may wait for ever for a lock that a thread had at the fork.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def find_tool(name: str) -> str | None:

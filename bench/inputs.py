@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from score_kernels import functional
+from score_kernels.problem import INPUTS
+from score_kernels.transformer_arguments import nested
 
 from .cases import Case
 from .measure import Prepared
@@ -18,7 +20,7 @@ from .measure import Prepared
 # A provider's function: (h, parameters by name) -> the state after T iterations.
 Forward = Callable[[Tensor, dict[str, Tensor]], Tensor]
 
-# Rows of the float64 reference computed at a time: rows are independent, and its graph grows with T.
+# Rows of the float64 reference computed at a time: rows (sequences) are independent, and its graph grows with T.
 REFERENCE_ROWS = 1024
 
 # Largest relative error that still counts as the same computation, in eps: of outputs and of gradients. Where products round to
@@ -29,7 +31,7 @@ NARROW_FROM = 1e-4
 
 @dataclass(frozen=True)
 class Inputs:
-    """h and cotangent (M, D); parameters by the op's names, with a leading L when the case has several sets.
+    """h and cotangent (M, D), of sequences (B, N, D); parameters by the op's names, with a leading L when it has several sets.
 
     leaves: the tensors whose gradients a backward pass has to answer.
     """
@@ -43,7 +45,7 @@ class Inputs:
         return [x for x in (self.h, *self.parameters.values()) if x.requires_grad]
 
     def rows(self, rows: slice, parameters: dict[str, Tensor]) -> Inputs:
-        """Some of the rows, in float64, with these parameters."""
+        """Some of the rows, or sequences, in float64, with these parameters."""
         h = self.h.detach()[rows].double().requires_grad_(self.h.requires_grad)
         return Inputs(h, parameters, self.cotangent[rows].double())
 
@@ -57,14 +59,14 @@ def make(case: Case, mode: str, dtype: torch.dtype, device: str) -> Inputs:
 
     def parameter(name: str, shape: tuple[int, ...]) -> Tensor:
         value = random(*((case.sets,) if case.sets > 1 else ()), *shape)
-        if name == "norm_weight":
+        if name.endswith("norm_weight"):
             return 1 + 0.1 * value
         return value / math.sqrt(shape[1]) if len(shape) == 2 else 0.1 * value
 
     def leaf(value: Tensor) -> Tensor:
         return value.to(device, dtype).requires_grad_(mode != "forward")
 
-    h, cotangent = random(case.rows, case.features), random(case.rows, case.features)
+    h, cotangent = random(*case.batch, case.features), random(*case.batch, case.features)
     parameters = {name: leaf(parameter(name, shape)) for name, shape in case.shapes.items()}
     return Inputs(leaf(h), parameters, cotangent.to(device, dtype))
 
@@ -97,9 +99,16 @@ def step(forward: Forward, inputs: Inputs, mode: str) -> Prepared:
 def ours(case: Case, backend: str) -> Forward:
     """The case as a call of this package's op."""
     function: Callable[..., Tensor] = getattr(functional, f"score_{case.op}")
-    names = ("iterations", "activation", "norm", "update", "solver", "dt", "order", "grad_iterations")
+    names = ("iterations", "norm", "update", "solver", "dt", "order", "grad_iterations")
     options = {name: getattr(case, name) for name in names}
-    absent = dict.fromkeys({"linear": ("bias",), "mlp": ("b1", "b2")}[case.op])
+    if case.op in INPUTS:
+        options |= {"num_heads": case.heads, "causal": case.causal}
+    if case.op != "attention":
+        options["activation"] = case.activation
+    if case.op == "transformer":
+        options["norm_placement"] = case.norm_placement
+        return lambda h, parameters: function(h, **nested(parameters), **options, backend=backend)
+    absent = dict.fromkeys({"linear": ("bias",), "mlp": ("b1", "b2"), "attention": ("b_qkv", "b_out")}[case.op])
     return lambda h, parameters: function(h, **{**absent, **parameters}, **options, backend=backend)
 
 
@@ -110,8 +119,10 @@ def reference(case: Case, inputs: Inputs, mode: str) -> list[Tensor]:
     per_row: list[list[Tensor]] = []
     sums = [torch.zeros_like(p) for p in parameters.values()]
     split = {"forward": 1, "backward": 1, "training": 2}[mode]
-    for start in range(0, case.rows, REFERENCE_ROWS):
-        prepare, run = step(forward, inputs.rows(slice(start, start + REFERENCE_ROWS), parameters), mode)
+    count, *tokens = case.batch
+    at_once = max(REFERENCE_ROWS // math.prod(tokens), 1)
+    for start in range(0, count, at_once):
+        prepare, run = step(forward, inputs.rows(slice(start, start + at_once), parameters), mode)
         results = run(prepare())
         assert isinstance(results, list)
         per_row.append(results[:split])

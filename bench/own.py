@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 import torch
 
 from score_kernels.arguments import NAMES
-from score_kernels.problem import SHAPES
+from score_kernels.problem import INPUTS, SHAPES
 
 from .cases import Case
 from .inputs import make, ours
@@ -46,8 +46,10 @@ def case_of(options: argparse.Namespace) -> Case | None:
     given = {field.name: value for field in FIELDS if (value := getattr(options, f"case_{field.name}", None)) is not None}
     if not given:
         return None
-    if given.get("op") == "linear":
+    if given.get("op") in ("linear", "attention"):
         given.setdefault("hidden", given.get("features"))
+    if given.get("op") == "attention":
+        given.setdefault("activation", "identity")
     if missing := [_flag(field.name) for field in FIELDS if field.default is MISSING and field.name not in given]:
         raise ValueError(f"a case of your own needs {', '.join(missing)} too")
     if given.get("norm") == "none":
@@ -55,8 +57,10 @@ def case_of(options: argparse.Namespace) -> Case | None:
     if given.get("update", "contractive") != "contractive":
         given.setdefault("dt", None)  # the update's own
     case = Case(name=_name(given), source="the command line", **given)
-    if case.op == "linear" and (case.gated or case.hidden != case.features):
-        raise ValueError("--op linear: expected no --gated, and no --hidden or that of --features: it has one layer, D -> D")
+    if case.op in ("linear", "attention") and (case.gated or case.hidden != case.features):
+        raise ValueError(f"--op {case.op}: expected no --gated, and no --hidden or that of --features: it is D -> D")
+    if case.op in INPUTS and (case.tokens < 1 or case.rows % case.tokens):
+        raise ValueError(f"--tokens: expected a divisor of --rows, which are sequences of so many, got {case.tokens}")
     _try(case)
     return case
 

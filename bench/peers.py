@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from score_kernels.activations import ACTIVATIONS
+from score_kernels.problem import INPUTS
 
 from .cases import Case
 from .inputs import Forward, Inputs
@@ -26,6 +27,12 @@ Block = Callable[[Tensor], Tensor]
 
 # What makes the hidden features of a gated block: (case, gate's input to the activation, the other factor) -> (M, H).
 Gate = Callable[[Case, Tensor, Tensor], Tensor]
+
+# Calls an iteration: (iteration, state) -> the next state.
+Around = Callable[[Block, Tensor], Tensor]
+
+# What the heads do: (case, q, k, v (B, heads, N, d)) -> (B, heads, N, d).
+Heads = Callable[[Case, Tensor, Tensor, Tensor], Tensor]
 
 
 def _heun(k: Block, y: Tensor, dt: float) -> Tensor:
@@ -63,23 +70,43 @@ def plainly(case: Case, a: Tensor, up: Tensor) -> Tensor:
     return _activation(case, a) * up
 
 
-def eager(case: Case, gate: Gate = plainly, around: Callable[[Block, Tensor], Tensor] = lambda step, h: step(h)) -> Forward:
-    """The loop that a user would write, in the input's dtype; `around` calls each of its iterations.
+def simply(step: Block, h: Tensor) -> Tensor:
+    return step(h)
 
-    Iterations that no gradient reaches run without autograd, as a user would write them too.
-    """
-    steps = partial(_step, case, step_size(case), gate)
+
+def sdpa(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=case.causal)
+
+
+class Parts(NamedTuple):
+    """The parts of a block that a peer has functions of its own for."""
+
+    gate: Gate = plainly
+    heads: Heads = sdpa
+
+
+PLAIN = Parts()
+
+
+def eager(case: Case, parts: Parts = PLAIN, around: Around = simply) -> Forward:
+    """The loop that a user would write, in the input's dtype; `around` calls each of its iterations."""
 
     def forward(h: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         sets = parameter_sets(case, parameters)
-        with torch.no_grad():
-            for t in range(case.first_grad):
-                h = steps(sets[case.set_at(t)], h)
-        for t in range(case.first_grad, case.iterations):
-            h = around(partial(steps, sets[case.set_at(t)]), h)
-        return h
+        return loop(case, [partial(BLOCKS[case.op], case, parts, p) for p in sets], h, around)
 
     return forward
+
+
+def loop(case: Case, blocks: Sequence[Block], h: Tensor, around: Around = simply) -> Tensor:
+    """T iterations, of a block for each set. Those that no gradient reaches run without autograd, as a user writes them."""
+    steps = [partial(_step, case, step_size(case), block) for block in blocks]
+    with torch.no_grad():
+        for t in range(case.first_grad):
+            h = steps[case.set_at(t)](h)
+    for t in range(case.first_grad, case.iterations):
+        h = around(steps[case.set_at(t)], h)
+    return h
 
 
 def parameter_sets(case: Case, parameters: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -90,8 +117,7 @@ def parameter_sets(case: Case, parameters: dict[str, Tensor]) -> list[dict[str, 
     return [dict(zip(parameters, tensors, strict=True)) for tensors in sets]
 
 
-def _step(case: Case, dt: float, gate: Gate, p: dict[str, Tensor], h: Tensor) -> Tensor:
-    block = partial(BLOCKS[case.op], case, gate, p)
+def _step(case: Case, dt: float, block: Block, h: Tensor) -> Tensor:
     if case.update == "replace":
         return block(h)
     if case.update == "residual":
@@ -105,26 +131,54 @@ def _decaying(block: Block, y: Tensor) -> Tensor:
     return block(y) - y
 
 
-def _linear(case: Case, gate: Gate, p: dict[str, Tensor], y: Tensor) -> Tensor:
+def _linear(case: Case, parts: Parts, p: dict[str, Tensor], y: Tensor) -> Tensor:
     return _activation(case, F.linear(_norm(case, p, y), p["weight"], p.get("bias")))
 
 
-def _mlp(case: Case, gate: Gate, p: dict[str, Tensor], y: Tensor) -> Tensor:
-    n = _norm(case, p, y)
+def _mlp(case: Case, parts: Parts, p: dict[str, Tensor], y: Tensor) -> Tensor:
+    return _feed_forward(case, parts, p, _norm(case, p, y))
+
+
+def _attention(case: Case, parts: Parts, p: dict[str, Tensor], y: Tensor) -> Tensor:
+    return _attend(case, parts, p, _norm(case, p, y))
+
+
+def _transformer(case: Case, parts: Parts, p: dict[str, Tensor], y: Tensor) -> Tensor:
+    if case.norm_placement == "pre":
+        y = y + _attend(case, parts, p, _norm(case, p, y, "attention_"))
+        return y + _feed_forward(case, parts, p, _norm(case, p, y, "mlp_"))
+    y = _norm(case, p, y + _attend(case, parts, p, y), "attention_")
+    return _norm(case, p, y + _feed_forward(case, parts, p, y), "mlp_")
+
+
+def _feed_forward(case: Case, parts: Parts, p: dict[str, Tensor], n: Tensor) -> Tensor:
     up = F.linear(n, p["w1"], p.get("b1"))
-    u = gate(case, F.linear(n, p["w_gate"], p.get("b_gate")), up) if case.gated else _activation(case, up)
+    u = parts.gate(case, F.linear(n, p["w_gate"], p.get("b_gate")), up) if case.gated else _activation(case, up)
     return F.linear(u, p["w2"], p.get("b2"))
 
 
-BLOCKS: dict[str, Callable[[Case, Gate, dict[str, Tensor], Tensor], Tensor]] = {"linear": _linear, "mlp": _mlp}
+def _attend(case: Case, parts: Parts, p: dict[str, Tensor], n: Tensor) -> Tensor:
+    qkv = F.linear(n, p["w_qkv"], p.get("b_qkv"))
+    q, k, v = qkv.unflatten(-1, (3, case.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    return F.linear(parts.heads(case, q, k, v).transpose(1, 2).flatten(2), p["w_out"], p.get("b_out"))
 
 
-def _norm(case: Case, p: dict[str, Tensor], y: Tensor) -> Tensor:
+BLOCKS: dict[str, Callable[[Case, Parts, dict[str, Tensor], Tensor], Tensor]] = {
+    "linear": _linear,
+    "mlp": _mlp,
+    "attention": _attention,
+    "transformer": _transformer,
+}
+
+
+def _norm(case: Case, p: dict[str, Tensor], y: Tensor, of: str = "") -> Tensor:
+    """of: which of the block's norms, as its parameters' names begin."""
     if case.norm is None:
         return y
+    gain, bias = p.get(f"{of}norm_weight"), p.get(f"{of}norm_bias")
     if case.norm == "layernorm":
-        return F.layer_norm(y, (case.features,), p.get("norm_weight"), p.get("norm_bias"), EPS)
-    return F.rms_norm(y, (case.features,), p.get("norm_weight"), EPS)
+        return F.layer_norm(y, (case.features,), gain, bias, EPS)
+    return F.rms_norm(y, (case.features,), gain, EPS)
 
 
 def _activation(case: Case, a: Tensor) -> Tensor:
@@ -212,7 +266,10 @@ def _layer(case: Case) -> list[nn.Module]:
 
 
 # The parameters of a layer in the order in which its modules have them.
-IN_A_LAYER = ("norm_weight", "norm_bias", "weight", "bias", "w_gate", "b_gate", "w1", "b1", "w2", "b2")
+IN_A_LAYER = (
+    "norm_weight", "norm_bias", "weight", "bias", "w_qkv", "b_qkv", "w_out", "b_out", "w_gate", "b_gate",
+    "w1", "b1", "w2", "b2", "attention_norm_weight", "attention_norm_bias", "mlp_norm_weight", "mlp_norm_bias",
+)  # fmt: skip
 
 
 def layer_by_layer(case: Case, parameters: dict[str, Tensor]) -> list[Tensor]:
@@ -238,6 +295,8 @@ ROUGH = ("relu", "leaky_relu", "relu2")
 
 def no_stack(case: Case, mode: str) -> str | None:
     """Why T layers are not the same work as the case, or None."""
+    if case.op in INPUTS:
+        return "it has no attention"
     if case.solver != "euler":
         return f"T layers do less work than T steps of {case.solver}, which calls the block several times"
     if case.iterations >= (DEEP_ROUGH_STACK if case.gated or case.activation in ROUGH else DEEP_STACK):
@@ -266,7 +325,7 @@ def ode(case: Case) -> Forward:
     method = ODE_METHODS[case.solver]
 
     def forward(h: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        block = partial(BLOCKS[case.op], case, plainly, parameters)
+        block = partial(BLOCKS[case.op], case, PLAIN, parameters)
         k = block if case.update == "residual" else partial(_decaying, block)
         grid = _grid(case.iterations, step_size(case), h.device)
         options = {"grid_constructor": lambda f, y, t: grid}
@@ -283,10 +342,11 @@ def _grid(iterations: int, dt: float, device: torch.device) -> Tensor:
 
 def no_swiglu(case: Case, mode: str) -> str | None:
     """Why Liger's SwiGLU is not in the case, or None."""
-    return None if case.op == "mlp" and case.gated and case.activation == "silu" else "it has no SwiGLU: a gated mlp with silu"
+    swiglu = case.op in ("mlp", "transformer") and case.gated and case.activation == "silu"
+    return None if swiglu else "it has no SwiGLU: a gated mlp with silu"
 
 
 def liger(case: Case) -> Forward:
     """The plain loop with Liger's kernel in the place of silu(a) * up, forward and backward."""
     function: Any = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
-    return eager(case, gate=lambda _, a, up: function.apply(a, up))
+    return eager(case, Parts(gate=lambda _, a, up: function.apply(a, up)))

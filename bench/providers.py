@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.backends import mkldnn
 
-from score_kernels import ops, planner
+from score_kernels import ops
 
-from . import peers
+from . import attention_peers, peers
 from .cases import Case
 from .inputs import Forward, make, ours
 from .peers import eager as eager  # the one that everything is compared with
@@ -21,13 +21,18 @@ from .peers import eager as eager  # the one that everything is compared with
 Limits = Callable[[Case, str], str | None]
 
 
+def _itself(case: Case) -> Case:
+    return case
+
+
 @dataclass(frozen=True)
 class Provider:
     """kind: "ours" or "peer". requires: modules that have to be installed, by `install`. compiles: its first call compiles.
 
     kernel: it is a backend of that name, which runs on some devices and some cases only. gpu: it makes no sense without one.
-    limits: why it does not take a case in a mode, or None. stands_for: the case that it computes in the place of the given one,
-    as much work but another function, which it is held to. module: `build` makes an nn.Module with parameters of its own.
+    forward_only: it has no backward on a CPU. limits: why it does not take a case in a mode, or None. stands_for: the case that
+    it computes in the place of the given one, as much work but another function, which it is held to. module: `build` makes an
+    nn.Module with parameters of its own.
     """
 
     name: str
@@ -39,14 +44,15 @@ class Provider:
     compiles: bool = False
     kernel: bool = False
     gpu: bool = False
+    forward_only: bool = False
     limits: Limits = lambda case, mode: None
-    stands_for: Callable[[Case], Case] = lambda case: case
+    stands_for: Callable[[Case], Case] = _itself
     module: bool = False
 
     @property
     def title(self) -> str:
         """Its name in tables and figures: one that computes something else says so."""
-        return f"{self.name} (what SCORE replaces)" if self.module else self.name
+        return self.name if self.stands_for is _itself else f"{self.name} (what SCORE replaces)"
 
     def absent(self, device: str) -> str | None:
         """Why it cannot be measured on this device, or None."""
@@ -56,12 +62,15 @@ class Provider:
             return "it needs a GPU"
         if not self.kernel:
             return None
-        return planner.MISSING.get(self.name) or ops.machine_of(torch.device(device)).triton
+        reason: str | None = getattr(ops.machine_of(torch.device(device)), self.name)
+        return reason
 
     def refuses(self, case: Case, mode: str, dtype: torch.dtype, device: str) -> str | None:
         """Why it does not take this case, by its limits or as its planner says of no rows of it; or None."""
         if reason := self.limits(case, mode):
             return reason
+        if self.forward_only and mode != "forward" and not device.startswith("cuda"):
+            return "its backward needs a GPU"
         if not self.kernel:
             return None
         given = make(replace(case, rows=0), "forward", dtype, device)
@@ -114,6 +123,10 @@ PROVIDERS: dict[str, Provider] = {
                  "pip install torchdiffeq", limits=peers.no_ode),
         Provider("liger", "peer", "the plain loop with Liger's SwiGLU", peers.liger, ("liger_kernel",),
                  "pip install liger-kernel", gpu=True, limits=peers.no_swiglu),
+        Provider("encoder_layer", "peer", "nn.TransformerEncoderLayer, in the plain loop", attention_peers.EncoderLoop,
+                 limits=attention_peers.no_encoder_layer, module=True),
+        Provider("flex_attention", "peer", "torch.compile of the plain loop with FlexAttention", attention_peers.flex,
+                 compiles=True, forward_only=True, limits=attention_peers.no_flex_attention),
         Provider("reference", "ours", "the oracle: the formulas as they read", partial(ours, backend="reference")),
         Provider("blas", "ours", "the kernels' algorithm in PyTorch calls", partial(ours, backend="blas")),
         Provider("triton", "ours", "the Triton kernels: one launch for all T", partial(ours, backend="triton"), kernel=True),

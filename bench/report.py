@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -87,6 +87,8 @@ def missing(result: Result) -> dict[tuple[str, str, str], list[str]]:
 def page(results: Sequence[Result]) -> str:
     """The HTML page: it needs nothing but itself, and is the same for the same results."""
     jinja2, figures, drawing = (importlib.import_module(name, __package__) for name in ("jinja2", ".figures", ".drawing"))
+    everybody = tuple(dict.fromkeys(name for result in results for name in result.providers))
+    results = [replace(result, beside=everybody) for result in results]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     runs = [
         {

@@ -25,11 +25,15 @@ def problem_of(row: Row) -> Key:
 
 @dataclass(frozen=True)
 class Result:
-    """One result file: the environment block and the rows, in the file's order."""
+    """One result file: the environment block and the rows, in the file's order.
+
+    beside: the providers of every result on the same page, which then have the same mark in all of its figures.
+    """
 
     name: str
     environment: dict[str, Any]
     rows: list[Row]
+    beside: tuple[str, ...] = ()
 
     @property
     def providers(self) -> list[str]:

@@ -61,6 +61,18 @@ QUICK = (
         "mlp-molecules-rk4", "mlp", 2048, 128, 128, 4, "an ESOL batch of 1,000 to 4,000 atoms, arXiv 2603.10544",
         activation="relu", solver="rk4", dt=0.25,
     ),
+    Case(
+        "attention-64-tokens", "attention", 4096, 128, 128, 8, "64 sequences of 64 tokens, 4 heads", activation="identity",
+        modes=("forward", "training"), heads=4, tokens=64,
+    ),
+    Case(
+        "attention-causal", "attention", 2048, 384, 384, 6, "nanoGPT's character-level model: D = 384, 6 heads, 256 tokens",
+        activation="identity", bias=False, heads=6, tokens=256, causal=True,
+    ),
+    Case(
+        "transformer-molecules", "transformer", 2048, 128, 128, 4, "an ESOL batch: 128 molecules of 16 atoms, arXiv 2603.10544",
+        activation="relu", heads=4, tokens=16,
+    ),
 )  # fmt: skip
 
 CPU_SHAPES = [(64, 64), (128, 128), (128, 512), (256, 256), (256, 1024)]
@@ -123,6 +135,21 @@ FULL = (
         order="cyclic", grad_iterations=7, **SWIGLU,
     ),
     *family(
+        "transformer-esol-m{rows}", "an ESOL batch of 1,000 to 4,000 atoms, 16 to a molecule, arXiv 2603.10544",
+        squares(128), op="transformer", rows=[1024, 4096], iterations=4, modes=STEP, activation="relu", dt=0.25, heads=4,
+        tokens=16,
+    ),
+    *family(
+        "transformer-nanogpt", "nanoGPT's train_shakespeare_char: 6 layers as one, 64 x 256 tokens, 6 heads",
+        [(384, 1536)], op="transformer", rows=64 * 256, iterations=6, dtype="bfloat16", modes=STEP, bias=False, heads=6,
+        tokens=256, causal=True,
+    ),
+    *family(
+        "transformer-trm-m{rows}", "TRM, arXiv 2510.04871: as trm above, with its attention of 8 heads over 97 tokens",
+        [(512, 1536)], op="transformer", rows=[97, 16 * 97], iterations=21, dtype="bfloat16", modes=STEP, update="replace",
+        dt=None, sets=2, order="cyclic", grad_iterations=7, heads=8, tokens=97, norm_placement="post", **SWIGLU,
+    ),
+    *family(
         "depth-t{iterations}", "a sweep over T",
         squares(128), rows=65536, iterations=[1, 2, 4, 8, 16, 32, 64], modes=STEP, **BF16,
     ),
@@ -135,11 +162,11 @@ FULL = (
     ),
 )  # fmt: skip
 
-ON_A_GPU = ("eager", "torch_compile", "torch_compile_max", "blas", "triton", "auto")
-A_CASE_OF_YOUR_OWN = ("eager", "torch_compile", "blas", "triton", "auto")
+ON_A_GPU = ("eager", "torch_compile", "torch_compile_max", "blas", "triton", "cuda", "auto")
+A_CASE_OF_YOUR_OWN = ("eager", "torch_compile", "blas", "triton", "cuda", "auto")
 EVERYONE = (
     "eager", "checkpoint", "torch_compile", "torch_compile_max", "torch_compile_graphs", "stack", "torchdiffeq", "liger",
-    "reference", "blas", "triton", "cuda", "auto",
+    "encoder_layer", "flex_attention", "reference", "blas", "triton", "cuda", "auto",
 )  # fmt: skip
 
 SUITES: dict[str, Suite] = {

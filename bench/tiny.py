@@ -1,13 +1,15 @@
-"""One small forward and backward of every op on the Triton kernels, for `compute-sanitizer`: `python -m bench.tiny`."""
+"""One small forward and backward of every op on all fused kernels, for `compute-sanitizer`: `python -m bench.tiny`."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import replace
+from itertools import product
 
 import torch
 
 from score_kernels import ops
+from score_kernels.planner import FUSED
 
 from .cases import Case
 from .inputs import make, ours, reference, relative_error, step, tolerance
@@ -17,16 +19,19 @@ CASES = (MLP, replace(MLP, name="tiny-linear", op="linear"))
 
 
 def run(device: str, dtype: torch.dtype) -> None:
-    """Raises AssertionError when a result is wrong or other kernels computed it."""
-    for case in CASES:
+    """Raises AssertionError when a result is wrong or other kernels computed it, or none could."""
+    machine = ops.machine_of(torch.device(device))
+    backends = [name for name in FUSED if getattr(machine, name) is None]
+    assert backends, f"no fused kernels run here: triton: {machine.triton}; cuda: {machine.cuda}"
+    for backend, case in product(backends, CASES):
         given = make(case, "training", dtype, device)
         with ops.observe_plans() as plans:
-            prepare, train = step(ours(case, "triton"), given, "training")
+            prepare, train = step(ours(case, backend), given, "training")
             results = train(prepare())
         assert isinstance(results, list)
         error = relative_error(results, reference(case, given, "training"))
         print(f"{case.name}: backend {plans[0].backend}, backward {plans[0].backward}, relative error {error:.1e}")
-        assert plans[0].backend == "triton"
+        assert plans[0].backend == backend
         assert error <= tolerance(torch.finfo(dtype).eps, "training")
 
 

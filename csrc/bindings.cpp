@@ -61,11 +61,12 @@ class Arguments {
   int choice(char const* name, Names const& names) {
     py::object const value = take(name);
     std::string expected = "one of";
+    bool const text = py::isinstance<py::str>(value);
     for (std::size_t i = 0; i < names.size(); ++i) {
-      if (value.equal(py::str(names[i]))) return static_cast<int>(i);
+      if (text && value.equal(py::str(names[i]))) return static_cast<int>(i);
       expected += (i ? ", '" : " '") + names[i] + "'";
     }
-    if (!py::isinstance<py::str>(value)) throw py::type_error(wrong(name, expected, value));
+    if (!text) throw py::type_error(wrong(name, expected, value));
     throw py::value_error(wrong(name, expected, value));
   }
 
@@ -117,8 +118,15 @@ class Arguments {
   py::dict given_;
 };
 
-Kernel const& kernel_of(Arguments& arguments) {
-  return kernels()[arguments.small("kernel", 0, static_cast<int>(kernels().size()) - 1)];
+char const* pass_of(Kernel const& kernel) { return kernel.forward != nullptr ? "forward" : "backward"; }
+
+Kernel const& kernel_of(Arguments& arguments, std::string const& pass = "") {
+  int const index = arguments.small("kernel", 0, static_cast<int>(kernels().size()) - 1);
+  Kernel const& kernel = kernels()[index];
+  if (!pass.empty() && pass != pass_of(kernel))
+    throw py::value_error("kernel: expected one of the " + pass + " pass, got " + std::to_string(index) + ", which is of the " +
+                          pass_of(kernel) + " pass");
+  return kernel;
 }
 
 Pack pack_of(Arguments& arguments, Kernel const& kernel) {
@@ -129,7 +137,8 @@ Pack pack_of(Arguments& arguments, Kernel const& kernel) {
   // Kernels count the elements of a set in an int.
   int const most = INT_MAX / (Images::parts(kernel.op, kernel.gated) * kernel.columns) - kernel.chunk;
   bool const linear = kernel.op == Op::linear;
-  pack.hidden = arguments.small("hidden", linear ? pack.features : 1, linear ? pack.features : most);
+  int const least = kernel.accumulates ? kernel.columns - kernel.chunk + 1 : linear ? pack.features : 1;
+  pack.hidden = arguments.small("hidden", least, kernel.accumulates ? kernel.columns : linear ? pack.features : most);
   return pack;
 }
 
@@ -163,60 +172,106 @@ std::string message_of(cudaError_t error, Kernel const& kernel, int device) {
   return message;
 }
 
-int launch(Kernel const& kernel, Pack const& pack, Forward const& forward, int device, CUstream_st* stream) {
-  Device const current(device);
-  int multiprocessors = 0;
-  int error = current.error;
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) error = launch_pack(pack, stream);
-  if (error == cudaSuccess) error = kernel.launch(forward, multiprocessors, stream);
-  if (error != cudaSuccess) cudaGetLastError();  // raised here, so not left for the next call, perhaps torch's, to find
-  return error;
+// Takes what every pass is given, but for the tensors. `width` is of a row of all that the kernel has of an iteration.
+void take_options(Arguments& arguments, Kernel const& kernel, Pack& pack, Call& call, std::int64_t width) {
+  call.features = pack.features, call.hidden = pack.hidden;
+  call.iterations = arguments.small("iterations", 1, INT_MAX / 5);
+  call.sets = pack.sets = arguments.small("sets", 1, kernel.accumulates ? 1 : call.iterations);
+  call.first = arguments.small("first", 0, call.iterations - 1);
+  // All that the kernel has of every iteration has an offset in bytes of 63 bits.
+  call.rows = arguments.integer("rows", 0, INT64_MAX / 4 / (call.iterations + 1) / width);
+  call.cyclic = arguments.choice("order", kOrders) == 1;
+  call.norm = Norm(arguments.choice("norm", kNorms));
+  pack.norm_float32 = arguments.truth("norm_float32");
+  call.activation = Activation(arguments.choice("activation", kActivations));
+  if (family(call.activation) != kernel.family)
+    throw py::value_error("activation: expected one of the kernel's family, " + name_of(kFamilies, kernel.family) + ", got '" +
+                          name_of(kActivations, call.activation) + "', which is of " +
+                          name_of(kFamilies, family(call.activation)));
+  call.negative_slope = arguments.number("negative_slope", true);
+  call.eps = arguments.number("eps", false);
 }
 
-void forward(py::kwargs const& given) {
-  Arguments arguments(given);
-  Kernel const& kernel = kernel_of(arguments);
-  Pack pack = pack_of(arguments, kernel);
-  Forward f{};
-  f.features = pack.features, f.hidden = pack.hidden;
-  f.iterations = arguments.small("iterations", 1, INT_MAX / 5);
-  f.sets = pack.sets = arguments.small("sets", 1, f.iterations);
-  // Every state of every iteration has an offset in bytes of 63 bits.
-  f.rows = arguments.integer("rows", 0, INT64_MAX / 4 / (f.iterations + 1) / f.features);
-  f.cyclic = arguments.choice("order", kOrders) == 1;
-  f.norm = Norm(arguments.choice("norm", kNorms));
-  pack.norm_float32 = arguments.truth("norm_float32");
-  f.activation = Activation(arguments.choice("activation", kActivations));
-  if (family(f.activation) != kernel.family)
-    throw py::value_error("activation: expected one of the kernel's family, " + name_of(kFamilies, kernel.family) + ", got '" +
-                          name_of(kActivations, f.activation) + "', which is of " + name_of(kFamilies, family(f.activation)));
-  f.negative_slope = arguments.number("negative_slope", true);
-  f.eps = arguments.number("eps", false);
-
-  bool const some = f.rows > 0;
-  std::int64_t const state = f.rows * f.features;
-  f.h = arguments.tensor<void>("h", state, 2, some);
-  f.x0 = arguments.tensor<void>("x0", state, 2, false);
-  f.out = arguments.tensor<void>("out", state, 2, some);
-  f.states = arguments.tensor<float>("states", (f.iterations + 1) * state, 4, false);
-  f.coefficients = arguments.tensor<float>("coefficients", 5 * f.iterations, 4, some);
-  f.state_scale = arguments.tensor<float>("state_scale", f.iterations, 4, false);
-  f.x0_scale = arguments.tensor<float>("x0_scale", f.iterations, 4, false);
-  pack.table = arguments.tensor<std::int64_t>("table", std::int64_t(f.sets) * columns_of(kernel.op).count, 8, some);
+void take_tensors(Arguments& arguments, Pack& pack, Call& call) {
+  bool const some = call.rows > 0;
+  call.x0 = arguments.tensor<void>("x0", call.rows * call.features, 2, false);
+  call.coefficients = arguments.tensor<float>("coefficients", 5 * call.iterations, 4, some);
+  call.state_scale = arguments.tensor<float>("state_scale", call.iterations, 4, false);
+  call.x0_scale = arguments.tensor<float>("x0_scale", call.iterations, 4, false);
+  pack.table = arguments.tensor<std::int64_t>("table", std::int64_t(call.sets) * columns_of(pack.op).count, 8, some);
   pack.packed = arguments.tensor<void>("packed", static_cast<std::int64_t>(packed_bytes(pack)), 128, some, true);
-  f.packed = pack.packed;
+  call.packed = pack.packed;
+}
+
+// Takes the last arguments; nothing is launched for no rows.
+template <class Params>
+void launch(Arguments& arguments, Kernel const& kernel, int (*run)(Params const&, int, CUstream_st*), Pack const& pack,
+            Params const& params) {
   int const device = arguments.small("device", 0, INT_MAX);
   auto* const stream = reinterpret_cast<CUstream_st*>(arguments.integer("stream", 0, INT64_MAX));
   arguments.finish();
-  if (!some) return;
+  if (params.rows == 0) return;
 
   int error;
   {
     py::gil_scoped_release const others_may_run;
-    error = launch(kernel, pack, f, device, stream);
+    Device const current(device);
+    int multiprocessors = 0;
+    error = current.error;
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess) error = launch_pack(pack, stream);
+    if (error == cudaSuccess) error = run(params, multiprocessors, stream);
+    if (error != cudaSuccess) cudaGetLastError();  // raised here, so not left for the next call, perhaps torch's, to find
   }
   if (error != cudaSuccess) throw std::runtime_error(message_of(static_cast<cudaError_t>(error), kernel, device));
+}
+
+void forward(py::kwargs const& given) {
+  Arguments arguments(given);
+  Kernel const& kernel = kernel_of(arguments, "forward");
+  Pack pack = pack_of(arguments, kernel);
+  Forward f{};
+  take_options(arguments, kernel, pack, f, pack.features);
+  bool const some = f.rows > 0;
+  std::int64_t const state = f.rows * f.features;
+  f.h = arguments.tensor<void>("h", state, 2, some);
+  f.out = arguments.tensor<void>("out", state, 2, some);
+  f.states = arguments.tensor<float>("states", (f.iterations + 1 - f.first) * state, 4, false);
+  take_tensors(arguments, pack, f);
+  launch(arguments, kernel, kernel.forward, pack, f);
+}
+
+void backward(py::kwargs const& given) {
+  Arguments arguments(given);
+  Kernel const& kernel = kernel_of(arguments, "backward");
+  Pack pack = pack_of(arguments, kernel);
+  Backward b{};
+  constexpr int scalars = 7;
+  int const wide = kernel.op == Op::linear ? 0 : kernel.gated ? 3 : 2;           // fields of H columns in the ring
+  std::int64_t const width = 2 * std::int64_t(pack.features) + wide * std::int64_t(pack.hidden);
+  take_options(arguments, kernel, pack, b, width + scalars);
+  bool const some = b.rows > 0;
+  std::int64_t const most = INT64_MAX / 4 / (b.iterations + 1) / b.features, steps = b.iterations - b.first;
+  b.states_rows = arguments.integer("states_rows", b.rows, most);
+  b.grad_rows = arguments.integer("grad_rows", b.rows, most);
+  std::int64_t const state = b.rows * b.features;
+  auto sliced = [&](std::int64_t states, std::int64_t apart) { return some ? (states - 1) * apart * b.features + state : 0; };
+  b.states = arguments.tensor<float>("states", sliced(steps, b.states_rows), 4, some, true);
+  b.grad_out = arguments.tensor<void>("grad_out", state, 2, some);
+  b.grad_states = arguments.tensor<float>("grad_states", sliced(b.iterations + 1, b.grad_rows), 4, false, true);
+  b.grad_h = arguments.tensor<void>("grad_h", state, 2, some);
+  b.grad_x0 = arguments.tensor<float>("grad_x0", state, 4, false);
+  b.scalars = arguments.tensor<float>("scalars", steps * scalars * b.rows, 4, false);
+  b.ring = arguments.tensor<void>("ring", steps * b.rows * width, 2, false, true);
+  b.blocks = arguments.small("blocks", kernel.accumulates ? 2 : 0, INT_MAX);
+  std::int64_t const partials = std::int64_t(b.blocks) * 2 * (kernel.columns + 4) * kernel.columns;
+  b.partials = arguments.tensor<float>("partials", partials, 8, some && kernel.accumulates);
+  char const* const unwanted = kernel.accumulates ? "ring" : "partials";
+  if (kernel.accumulates ? b.ring != nullptr : b.partials != nullptr)
+    throw py::value_error(std::string(unwanted) + ": expected None for this kernel, got a tensor");
+  take_tensors(arguments, pack, b);
+  if (b.grad_x0 != nullptr && b.x0 == nullptr) throw py::value_error("grad_x0: expected None where x0 is None, got a tensor");
+  launch(arguments, kernel, kernel.backward, pack, b);
 }
 
 std::size_t scratch(py::kwargs const& given) {
@@ -240,10 +295,11 @@ py::list listed() {
   py::list all;
   for (Kernel const& k : kernels()) {
     py::dict entry;
+    entry["direction"] = pass_of(k);
     entry["op"] = name_of(kOps, k.op), entry["arch"] = k.arch, entry["dtype"] = name_of(kDtypes, k.dtype);
     entry["columns"] = k.columns, entry["gated"] = k.gated, entry["family"] = name_of(kFamilies, k.family);
     entry["chunk"] = k.chunk, entry["rows"] = k.rows, entry["threads"] = k.threads, entry["shared"] = k.shared;
-    entry["stages"] = k.stages;
+    entry["stages"] = k.stages, entry["accumulates"] = k.accumulates;
     all.append(entry);
   }
   return all;
@@ -260,7 +316,22 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("family", score::family_of, "family(*, activation): the family of kernels that has it.");
   m.def("packed_bytes", score::scratch, "packed_bytes(*, kernel, features, hidden, sets): the size of `packed`.");
   m.def("forward", score::forward,
-        "forward(*, kernel, device, stream, rows, features, hidden, iterations, sets, order, norm, norm_float32, activation,\n"
-        "negative_slope, eps, h, x0, out, states, coefficients, state_scale, x0_scale, table, packed): h_T of all rows into\n"
-        "`out`, on the stream. `packed` is scratch, counted in bytes; csrc/params.h says what the others are.");
+        "forward(*, kernel, device, stream, rows, features, hidden, iterations, first, sets, order, norm, norm_float32,\n"
+        "activation, negative_slope, eps, h, x0, out, states, coefficients, state_scale, x0_scale, table, packed): h_T of all\n"
+        "rows into `out`, on the stream, and h_first ... h_T into `states` (T+1-first, rows, D), float32, if that is given.\n"
+        "`packed` is scratch, counted in bytes; csrc/params.h says what the others are.");
+  m.def("backward", score::backward,
+        "backward(*, kernel, device, stream, rows, features, hidden, iterations, first, sets, order, norm, norm_float32,\n"
+        "activation, negative_slope, eps, states_rows, grad_rows, states, grad_out, grad_states, grad_h, grad_x0, scalars,\n"
+        "ring, blocks, partials, x0, coefficients, state_scale, x0_scale, table, packed): the gradients of these rows, on the\n"
+        "stream.\n\n"
+        "Read: states, float32, h_first ... h_T-1, `states_rows` rows apart: what `forward` wrote to its `states`. grad_out\n"
+        "(rows, D), dL/dh_T. grad_states, float32, dL/dh_0 ... dL/dh_T, `grad_rows` rows apart, or None.\n"
+        "Written: grad_h (rows, D), 0 where `first` is not 0. Written where they are not None: grad_x0 (rows, D), float32;\n"
+        "scalars (T-first, 7, rows), float32, row by row the gradients of p, q, v, w, e, state_scale and x0_scale, of which v, e\n"
+        "and those of scales that are not given are left alone; ring, (T-first) * rows * width elements of 16 bits, where width\n"
+        "is 2D for linear, 2D + 2H for mlp, 2D + 3H for gated mlp: score_kernels/triton_kernels/ring.py makes the gradients of\n"
+        "the parameters of it. Kernels that accumulate want no ring, but partials, float32, (blocks, 2, columns + 4,\n"
+        "columns): each of at most `blocks` blocks, 2 or more, adds its sums to its own. packed is scratch of packed_bytes()\n"
+        "of this kernel.");
 }

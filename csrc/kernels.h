@@ -23,7 +23,10 @@ struct Kernel {
   int threads;                     // of a block
   int shared;                      // bytes of shared memory of a block
   int stages;                      // chunks of weights that the shared memory holds: all of them stay, if there are no more
-  int (*launch)(Forward const&, int multiprocessors, CUstream_st*);  // returns a cudaError_t
+  bool accumulates;                // of backward: a block keeps the gradients of one set of weights, for H of `columns`, padded
+  // The pass that it is for is the one that is not null. They return a cudaError_t.
+  int (*forward)(Forward const&, int multiprocessors, CUstream_st*) = nullptr;
+  int (*backward)(Backward const&, int multiprocessors, CUstream_st*) = nullptr;
 };
 
 // In order of registration.

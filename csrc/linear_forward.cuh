@@ -6,16 +6,17 @@
 namespace score {
 
 template <class C>
-struct Block<C, Op::linear> {
+struct Block<C, Op::linear, Forward> {
   using Arch = typename C::Arch;
   static constexpr int kFragment = C::kChunk / 2;
 
-  static SCORE_HD void update(Forward const& p, Arch& arch, typename Arch::Weights& weights, Images const&,
-                              float const* vectors, int set, int lane, std::uint32_t const (&x)[C::kColumns / 4],
+  static SCORE_HD void update(Forward const& p, Arch& arch, typename Arch::Weights& weights, Images const& images,
+                              float const* vectors, int set, int lane, typename Arch::Operand const& x,
                               float (&y)[C::kColumns / 2], float q, float w) {
     int const left = p.features - 2 * (lane & 3);
     SCORE_UNROLL
     for (int chunk = 0; chunk < C::kColumns / C::kChunk; ++chunk) {
+      if (chunk >= images.chunks) break;                          // the rest is padding
       float const* bias = vectors + chunk * C::kChunk + 2 * (lane & 3);
       float u[kFragment];
       pairs_of<C::kChunk>([&](int i, int, int column) {
@@ -28,7 +29,7 @@ struct Block<C, Op::linear> {
       arch.commit();
       arch.template wait<0>();
       arch.landed(u);
-      weights.release();
+      weights.release(slot);
       activate<C::kFamily, typename C::Number>(u, p.activation, p.negative_slope);
       SCORE_UNROLL
       for (int i = 0; i < kFragment; ++i) {

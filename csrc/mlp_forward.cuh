@@ -8,16 +8,16 @@
 namespace score {
 
 template <class C>
-struct Block<C, Op::mlp> {
+struct Block<C, Op::mlp, Forward> {
   using Arch = typename C::Arch;
   using Number = typename C::Number;
   static constexpr int kFragment = C::kChunk / 2, kPart = C::kChunk * C::kColumns;
 
   static SCORE_HD void update(Forward const& p, Arch& arch, typename Arch::Weights& weights, Images const& images,
-                              float const* vectors, int set, int lane, std::uint32_t const (&x)[C::kColumns / 4],
+                              float const* vectors, int set, int lane, typename Arch::Operand const& x,
                               float (&y)[C::kColumns / 2], float q, float w) {
     float const* result_bias = vectors + images.result_bias() + 2 * (lane & 3);
-    pairs_of<C::kColumns>([&](int i, int, int column) {
+    pairs_within<C::kColumns>(p.features, [&](int i, int, int column) {
       float2 const b = *reinterpret_cast<float2 const*>(result_bias + column);
       y[i] = fmaf(q, y[i], w * b.x), y[i + 1] = fmaf(q, y[i + 1], w * b.y);
     });
@@ -76,14 +76,14 @@ struct Block<C, Op::mlp> {
       activated();
       arch.template wait<0>();
       arch.landed(y);
-      weights.release();
+      weights.release(slot);
       rounded();
       slot = next;
     }
     down(slot);
     arch.template wait<0>();
     arch.landed(y);
-    weights.release();
+    weights.release(slot);
   }
 };
 

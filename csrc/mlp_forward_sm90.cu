@@ -10,6 +10,8 @@ namespace {
     add<Sm90, Op::mlp, 64, 64, true>(),
     add<Sm90, Op::mlp, 128, 64>(),
     add<Sm90, Op::mlp, 128, 64, true>(),
+    add<Sm90, Op::mlp, 256, 32>(),
+    add<Sm90, Op::mlp, 256, 32, true>(),
 };
 
 }  // namespace

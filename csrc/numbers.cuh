@@ -1,4 +1,5 @@
-// 16-bit numbers, two to a register, and the arithmetic that differs between a GPU and a host that emulates one.
+// Numbers as memory has them, two of 16 bits to a register, and the arithmetic that differs between a GPU and a host that
+// emulates one.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -6,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "params.h"
 
@@ -23,6 +25,7 @@ namespace score {
 
 struct Half {
   using type = __half;
+  using Pair = std::uint32_t;
   static constexpr Dtype dtype = Dtype::float16;
   static SCORE_HD float load(type x) { return __half2float(x); }
   static SCORE_HD type round(float x) { return __float2half_rn(x); }
@@ -41,6 +44,7 @@ struct Half {
 
 struct BFloat16 {
   using type = __nv_bfloat16;
+  using Pair = std::uint32_t;
   static constexpr Dtype dtype = Dtype::bfloat16;
   static SCORE_HD float load(type x) { return __bfloat162float(x); }
   static SCORE_HD type round(float x) { return __float2bfloat16_rn(x); }
@@ -55,6 +59,28 @@ struct BFloat16 {
     memcpy(&v, &bits, 4);
     return __bfloat1622float2(v);
   }
+};
+
+// What is computed from a value from here on is not taken from what was computed from it before, and kept in registers.
+template <class T>
+SCORE_HD void forget(T& value) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 8)
+    asm volatile("" : "+l"(value));
+  else if constexpr (std::is_integral_v<T>)
+    asm volatile("" : "+r"(value));
+  else
+    asm volatile("" : "+f"(value));
+#endif
+}
+
+struct Float32 {
+  using type = float;
+  using Pair = float2;
+  static SCORE_HD float load(type x) { return x; }
+  static SCORE_HD type round(float x) { return x; }
+  static SCORE_HD Pair pack(float a, float b) { return float2{a, b}; }
+  static SCORE_HD float2 unpack(Pair pair) { return pair; }
 };
 
 SCORE_HD float reciprocal_root(float x) {

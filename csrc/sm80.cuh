@@ -9,7 +9,7 @@
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/mma_sm80.hpp>
 
-#include "forward.cuh"
+#include "iterate.cuh"
 
 namespace score {
 
@@ -24,6 +24,7 @@ struct Sm80 {
   static int launch(Forward const&, int multiprocessors, CUstream_st*);      // a cudaError_t
 
   using Element = typename C::Element;
+  using Operand = RegisterOperand<C>;
 
   // The ring, whose next item every thread helps to load when it asks for one.
   struct Weights {
@@ -54,7 +55,7 @@ struct Sm80 {
       slot = slot + 1 < kStages ? slot + 1 : 0;
       return found;
     }
-    __device__ void release() const {}
+    __device__ void release(int) const {}
     __device__ Element const* at(int slot_) const { return reinterpret_cast<Element const*>(ring + slot_ * kItemBytes); }
     // What was loaded ahead for a tile that does not come has landed.
     __device__ void drain() const { cute::cp_async_wait<0>(); }
@@ -79,6 +80,12 @@ struct Sm80 {
   __device__ float quad_sum(float v) const {
     v += __shfl_xor_sync(~0u, v, 1);
     return v + __shfl_xor_sync(~0u, v, 2);
+  }
+
+  __device__ Operand operand(int) const { return {}; }
+  template <class F>
+  __device__ void rewrite(Operand&, F write) const {
+    write();
   }
 
   // mma.sync has landed when the instruction after it reads it.
@@ -114,6 +121,10 @@ struct Sm80 {
       }
     }
   }
+  template <int K, int HALF>
+  __device__ void multiply(float (&c)[HALF], Operand const& x, Element const* b) const {
+    multiply<K>(c, x.a, b);
+  }
 };
 
 template <class C>
@@ -126,7 +137,7 @@ __global__ __launch_bounds__(Sm80<C>::kThreads, 1) void forward_sm80(__grid_cons
   std::int64_t const tile = Arch::kGroups * 64, step = gridDim.x * tile;
   SCORE_NO_UNROLL
   for (std::int64_t row = blockIdx.x * tile; row < p.rows; row += step)
-    Iterate<C>::run(p, arch, weights, row + group * 64, thread);
+    Pass<C>::run(p, arch, weights, row + group * 64, thread);
   weights.drain();
 }
 

@@ -28,7 +28,7 @@ struct Images {
 
   SCORE_HD Images(Op op_, int columns_, int hidden, int chunk_, bool gated_)
       : op(op_), columns(columns_), chunk(chunk_),
-        chunks(((op_ == Op::mlp ? hidden : columns_) + chunk_ - 1) / chunk_), gated(gated_) {}
+        chunks((hidden + chunk_ - 1) / chunk_), gated(gated_) {}
 
   static SCORE_HD constexpr int parts(Op op, bool gated) { return op == Op::linear ? 1 : gated ? 3 : 2; }
   SCORE_HD int part() const { return chunk * columns; }                     // in elements, as all offsets in an item

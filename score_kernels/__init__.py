@@ -12,17 +12,21 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import autograd, functional
+    from .attention_module import ScoreAttention
     from .conversion import convert, revert
     from .fused import FusedSequential
     from .modules import ScoreLinear, ScoreMLP
     from .plans import available_backends, explain
     from .sharing import share
+    from .transformer_module import ScoreTransformer
 
 # Public name -> module that holds it; a module's own name stands for the module.
 _PUBLIC = {
     "FusedSequential": "fused",
+    "ScoreAttention": "attention_module",
     "ScoreLinear": "modules",
     "ScoreMLP": "modules",
+    "ScoreTransformer": "transformer_module",
     "autograd": "autograd",
     "available_backends": "plans",
     "convert": "conversion",
@@ -34,8 +38,10 @@ _PUBLIC = {
 
 __all__ = [
     "FusedSequential",
+    "ScoreAttention",
     "ScoreLinear",
     "ScoreMLP",
+    "ScoreTransformer",
     "autograd",
     "available_backends",
     "convert",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import stages
 from .activations import ACTIVATIONS
-from .planner import BACKENDS, MISSING
-from .problem import ALL_ITERATIONS, NORMS, SHAPES, Options, compute_dtype
+from .planner import BACKENDS
+from .problem import ALL_ITERATIONS, NORM_PLACEMENTS, NORMS, SHAPES, Options, compute_dtype, extent, is_norm
 
 
 class Call(NamedTuple):
@@ -23,6 +23,13 @@ class Call(NamedTuple):
     return_trajectory: bool
 
 
+class Own(NamedTuple):
+    """What only one op takes: the inputs of `INPUTS[op]` by name, in its order, and fields of `Options`."""
+
+    inputs: dict[str, Tensor | None]
+    options: dict[str, Any]
+
+
 # One tensor, a stack with a leading L, or a list of L tensors.
 Parameter = Tensor | Sequence[Tensor]
 
@@ -30,6 +37,7 @@ Parameter = Tensor | Sequence[Tensor]
 NAMES: dict[str, Collection[str]] = {
     "activation": ACTIVATIONS,
     "norm": NORMS,
+    "norm_placement": NORM_PLACEMENTS,
     "update": (*stages.UPDATES, "replace"),
     "solver": stages.SOLVERS,
     "order": stages.ORDERS,
@@ -44,7 +52,7 @@ def check(
     parameters: Mapping[str, Parameter | None],
     iterations: int,
     *,
-    activation: str,
+    activation: str = "identity",
     dt: float | Tensor | None = None,
     negative_slope: float = 0.01,
     norm: str | None = None,
@@ -62,14 +70,16 @@ def check(
     save_trajectory: bool = False,
     out: Tensor | None = None,
     backend: str = "auto",
+    own: Callable[[Tensor], Own] | None = None,
 ) -> Call:
-    """Checks a call of `op` and flattens it; the defaults here are the public ones."""
+    """Checks a call of `op` and flattens it; the defaults here are the public ones. own: checks what only this op takes."""
     check_state(h)
     check_iterations(iterations)
     norm = "none" if norm is None else norm
     names = {"activation": activation, "norm": norm, "update": update, "solver": solver, "order": order, "backend": backend}
     check_options({**names, "dt": dt, "grad_iterations": grad_iterations, "eps": eps, "negative_slope": negative_slope})
     h, x0, given = autocast(h, x0, {**parameters, "norm_weight": norm_weight, "norm_bias": norm_bias})
+    extra = Own({}, {}) if own is None else own(h)
     lists = parameter_lists(op, h, given, iterations)
     check_norm(norm, lists)
     table = coefficients(h, dt, iterations, update, solver)
@@ -80,6 +90,7 @@ def check(
     elif x0_scale is not None:
         raise ValueError(f"x0_scale: expected x0 to be given with it, got x0=None and x0_scale={x0_scale!r}")
     scales = [scale("state_scale", state_scale, h, iterations), scale("x0_scale", x0_scale, h, iterations)]
+    lists |= {name: [] if x is None else [x] for name, x in extra.inputs.items()}
     tensors = [h, x0, table, *scales, *(x for tensors in lists.values() for x in tensors)]
     if out is not None:
         check_out(out, h, tensors, return_trajectory)
@@ -95,6 +106,7 @@ def check(
         grad_iterations=ALL_ITERATIONS if grad_iterations is None else grad_iterations,
         trajectory=keep,
         backend=backend,
+        **extra.options,
     )
     return Call(tensors, options, out, return_trajectory)
 
@@ -145,12 +157,12 @@ def parameter_lists(op: str, h: Tensor, given: Mapping[str, Parameter | None], i
     lists: dict[str, list[Tensor]] = {}
     for name, dims in shapes.items():
         lists[name] = tensors = _as_list(name, given.get(name), len(dims))
-        dtypes = (h.dtype, compute_dtype(h.dtype)) if name.startswith("norm_") else (h.dtype,)
+        dtypes = (h.dtype, compute_dtype(h.dtype)) if is_norm(name) else (h.dtype,)
         for x in tensors:
             check_like(name, x, h, dtypes)
             if "H" in dims and x.dim() == len(dims):
                 sizes.setdefault("H", x.shape[dims.index("H")])
-            expected = tuple(sizes.get(d, -1) for d in dims)
+            expected = tuple(extent(d, sizes) for d in dims)
             if tuple(x.shape) != expected:
                 letters = ", ".join(dims)
                 raise ValueError(
@@ -183,7 +195,8 @@ def _as_list(name: str, value: Parameter | None, dims: int) -> list[Tensor]:
 
 
 def check_norm(norm: str, lists: Mapping[str, list[Tensor]]) -> None:
-    for name, kinds in (("norm_weight", ("layernorm", "rmsnorm")), ("norm_bias", ("layernorm",))):
+    for name in filter(is_norm, lists):
+        kinds = ("layernorm", "rmsnorm") if name.endswith("norm_weight") else ("layernorm",)
         if lists[name] and norm not in kinds:
             raise ValueError(f"{name}: expected norm to be {' or '.join(kinds)} when {name} is given, got norm={norm!r}")
 
@@ -250,8 +263,6 @@ def check_options(options: Mapping[str, Any]) -> None:
         if name in options:
             one_of(name, options[name], known)
     backend, dt, solver = options.get("backend", "auto"), options.get("dt"), options.get("solver", "euler")
-    if isinstance(backend, str) and backend in MISSING:
-        raise ValueError(f"backend={backend!r}: {MISSING[backend]}; available: {', '.join(BACKENDS)}")
     one_of("backend", backend, ("auto", *BACKENDS))
     if options.get("update") == "replace" and (dt is not None or solver != "euler"):
         given = f"dt={dt!r}" if dt is not None else f"solver={solver!r}"
@@ -283,5 +294,5 @@ def autocast(
             return [cast(y) for y in x]
         return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
 
-    cast_parameters = {name: x if name.startswith("norm_") else cast(x) for name, x in given.items()}
+    cast_parameters = {name: x if is_norm(name) else cast(x) for name, x in given.items()}
     return cast(h), cast(x0), cast_parameters  # type: ignore[return-value]

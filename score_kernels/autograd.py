@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import reference
 from .ops import operator
-from .problem import LEADING, Options, Problem, without_autocast
+from .problem import INPUTS, LEADING, Options, Problem, without_autocast
 
 Tensors = Sequence[Tensor | None]
 
@@ -37,14 +37,21 @@ class _ScoreFunction(torch.autograd.Function):
 
 
 def _run(op: str, options: Options, tensors: Tensors) -> tuple[Tensor, Tensor]:
-    return operator(op)(*tensors[:LEADING], list(tensors[LEADING:]), *options)
+    return operator(op)(*tensors[:LEADING], list(tensors[LEADING:]), *options.of(op))
 
 
 def _save(ctx: Any, op: str, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
     ctx.op = op
     ctx.options, *tensors = inputs
+    _refuse_gradients(op, ctx.options, tensors)
     ctx.save_for_backward(*tensors, output[1] if ctx.options.trajectory else None)
     ctx.set_materialize_grads(False)
+
+
+def _refuse_gradients(op: str, options: Options, tensors: Tensors) -> None:
+    for name, x in Problem.build(op, tensors, options).inputs.items() if op in INPUTS else ():
+        if x is not None and x.requires_grad:
+            raise ValueError(f"{name}: expected a tensor that does not require grad, it has no gradient; got one that does")
 
 
 def _vmap(function: type[_ScoreFunction], info: Any, in_dims: Sequence[int | None], options: Options, tensors: Tensors) -> Any:
@@ -100,13 +107,51 @@ class ScoreMLPFunction(_ScoreFunction):
         return _vmap(ScoreMLPFunction, info, in_dims, options, tensors)
 
 
+class ScoreAttentionFunction(_ScoreFunction):
+    """score_attention; parameters: w_qkv, b_qkv, w_out, b_out, norm_weight, norm_bias, each `options.counts` tensors.
+
+    After them the inputs of `problem.INPUTS`, which have no gradient.
+    """
+
+    @staticmethod
+    def forward(options: Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _run("attention", options, tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _save(ctx, "attention", inputs, output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], options: Options, *tensors: Tensor | None) -> Any:
+        return _vmap(ScoreAttentionFunction, info, in_dims, options, tensors)
+
+
+class ScoreTransformerFunction(_ScoreFunction):
+    """score_transformer; parameters: those of attention and of mlp, the norms' as attention_norm_weight, mlp_norm_weight, ...
+
+    After them the inputs of `problem.INPUTS`, which have no gradient.
+    """
+
+    @staticmethod
+    def forward(options: Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _run("transformer", options, tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _save(ctx, "transformer", inputs, output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], options: Options, *tensors: Tensor | None) -> Any:
+        return _vmap(ScoreTransformerFunction, info, in_dims, options, tensors)
+
+
 class _BackwardFunction(torch.autograd.Function):
     """The operator `<op>_backward`, returning the gradients that `needs` asks for; differentiable through the reference."""
 
     @staticmethod
     def forward(op: str, options: Options, needs: list[bool], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         grads, inputs = tensors[:3], tensors[3:]
-        return tuple(operator(f"{op}_backward")(*grads, *inputs[:LEADING], list(inputs[LEADING:]), needs, *options))
+        return tuple(operator(f"{op}_backward")(*grads, *inputs[:LEADING], list(inputs[LEADING:]), needs, *options.of(op)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -135,7 +180,7 @@ def _second_order(op: str, options: Options, needs: Sequence[bool], inputs: Tens
     Both derivatives are `torch.func.vjp` of the reference: unlike `torch.autograd.grad` it works inside torch.func's
     transforms, and every position is a variable of its own, so that a tensor may be given twice (x0 = h, tied weights).
     """
-    given = [i for i, x in enumerate(inputs) if x is not None]
+    given = [i for i, x in enumerate(inputs) if x is not None and x.is_floating_point()]
     wanted = [2 + i for i, need in enumerate(needs) if need]
 
     def replaced(flat: Tensors, positions: Sequence[int], values: Tensors) -> list[Tensor | None]:
@@ -160,8 +205,11 @@ def _second_order(op: str, options: Options, needs: Sequence[bool], inputs: Tens
 
 
 def score(op: str, options: Options, tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """(h_T, trajectory), differentiable: the operator where a graph is traced, else the Function, which torch.func needs."""
-    if torch.compiler.is_compiling():
+    """(h_T, trajectory), differentiable: by the operator, or by the Function, which torch.func's transforms need.
+
+    The operator is the faster of the two: a Function with setup_context has its arguments bound by inspect in every call.
+    """
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return _run(op, options, tensors)
     return FUNCTIONS[op].apply(options, *tensors)
 
@@ -177,7 +225,7 @@ def _register(op: str, function: type[_ScoreFunction]) -> None:
         needs = ctx.needs_input_grad
         ctx.needs_input_grad = (False, *needs[:LEADING], *needs[LEADING])
         _, *found = function.backward(ctx, *grads)
-        return *found[:LEADING], found[LEADING:], *(None for _ in Options._fields)
+        return *found[:LEADING], found[LEADING:], *(None for _ in ctx.options.of(op))
 
     def setup_second(ctx: Any, inputs: Sequence[Any], output: list[Tensor]) -> None:
         grads, tensors, (parameters, needs, *options) = inputs[:3], inputs[3 : 3 + LEADING], inputs[3 + LEADING :]
@@ -186,13 +234,18 @@ def _register(op: str, function: type[_ScoreFunction]) -> None:
     def second(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         found = _BackwardFunction.backward(ctx, *grads)[3:]
         leading = 3 + LEADING
-        return *found[:leading], list(found[leading:]), None, *(None for _ in Options._fields)
+        return *found[:leading], list(found[leading:]), None, *(None for _ in ctx.options.of(op))
 
     torch.library.register_autograd(f"score_kernels::{op}", backward, setup_context=setup_context)
     torch.library.register_autograd(f"score_kernels::{op}_backward", second, setup_context=setup_second)
 
 
-FUNCTIONS: dict[str, type[_ScoreFunction]] = {"linear": ScoreLinearFunction, "mlp": ScoreMLPFunction}
+FUNCTIONS: dict[str, type[_ScoreFunction]] = {
+    "linear": ScoreLinearFunction,
+    "mlp": ScoreMLPFunction,
+    "attention": ScoreAttentionFunction,
+    "transformer": ScoreTransformerFunction,
+}
 
 for _op, _function in FUNCTIONS.items():
     _register(_op, _function)

@@ -14,33 +14,40 @@ import torch
 from torch import Tensor
 
 from . import stages
-from .blocks import BLOCKS, Gradients
+from .attention import Attention
+from .blocks import MLP, Block, Gradients, Linear, Rows
 from .linalg import add_, dot
-from .planner import Plan
+from .plan import Plan
 from .problem import Problem
+from .transformer import Transformer
+
+BLOCKS: dict[str, type[Block]] = {"linear": Linear, "mlp": MLP, "attention": Attention, "transformer": Transformer}
+
+
+def kept(problem: Problem) -> int:
+    """Numbers of a row that the block of this call keeps in backward, beside each state but the last of a walk."""
+    return BLOCKS[problem.op].kept(problem) if problem.stages == 1 else 0
 
 
 def forward(problem: Problem, plan: Plan, out: Tensor) -> Tensor:
-    """Writes h_T into `out` (same shape as h; h itself is allowed); returns all states (T+1, ...), or an empty tensor."""
+    """Writes h_T into `out` (like h, contiguous; h itself is allowed); returns all states (T+1, ...), or an empty tensor."""
     h = problem.h.reshape(-1, problem.features)
     x0 = None if problem.x0 is None else problem.x0.reshape(h.shape)
     iteration = _Iteration(problem)
     keep = problem.options.trajectory
     trajectory = h.new_empty((problem.iterations + 1, *problem.h.shape) if keep else 0, dtype=problem.compute_dtype)
     states = trajectory.view(problem.iterations + 1, *h.shape) if keep else trajectory
-    last = out.view(h.shape) if out.is_contiguous() else torch.empty_like(h)
-    for rows in _tiles(h.shape[0], plan.rows):
+    last = out.view(h.shape)
+    for rows in iteration.block.tiles(h.shape[0], plan.rows):
         y = h[rows].to(problem.compute_dtype, copy=True)
         injected = _tile(x0, rows, y)
         for t in range(problem.iterations):
             if keep:
                 states[t, rows] = y
             iteration.advance_(y, injected, t)
-        last[rows] = y
+        last[rows] = y.to(last.dtype)
         if keep:
             states[-1, rows] = y
-    if not out.is_contiguous():
-        out.copy_(last.view(out.shape))
     return trajectory
 
 
@@ -75,22 +82,22 @@ def backward(
     grad_x0 = h.new_empty(h.shape) if want_x0 else None
 
     iteration = _Iteration(problem, parameters, table, state_scale, x0_scale)
-    for rows in _tiles(h.shape[0], plan.backward_rows):
-        g = h.new_zeros((rows.stop - rows.start, problem.features), dtype=dtype)
+    for rows in iteration.block.tiles(h.shape[0], plan.backward_rows):
+        g = h.new_zeros(h[rows].shape, dtype=dtype)
         if grad_out is not None:
             g.copy_(grad_out[rows])
         injected = _tile(x0, rows, g)
         dx0 = torch.zeros_like(g) if want_x0 else None
-        for t, state in _reversed_states(iteration, plan, h, injected, trajectory, rows):
+        for t, state, kept in _reversed_states(iteration, plan, h, injected, trajectory, rows):
             if grad_trajectory is not None:
                 g.add_(grad_trajectory[t + 1, rows])
-            g = iteration.reverse(state, injected, g, dx0, t)
+            g = iteration.reverse(state, injected, g, dx0, t, kept)
         if grad_trajectory is not None:
             g.add_(grad_trajectory[0, rows])
         if grad_h is not None:
-            grad_h[rows] = g if problem.first_grad == 0 else 0
+            grad_h[rows] = g.to(grad_h.dtype) if problem.first_grad == 0 else 0
         if grad_x0 is not None and dx0 is not None:
-            grad_x0[rows] = dx0
+            grad_x0[rows] = dx0.to(grad_x0.dtype)
 
     found = [
         None if grad_h is None else grad_h.view(problem.h.shape),
@@ -124,19 +131,22 @@ class _Iteration:
         self.uses_z = stages.uses_z(problem.options.solver)
         self.uses_sum = stages.uses_sum(problem.options.solver)
 
-    def advance_(self, y: Tensor, x0: Tensor | None, t: int) -> None:
-        """y = h_t becomes h_{t+1}."""
+    def advance_(self, y: Tensor, x0: Tensor | None, t: int, kept: list[Any] | None = None) -> None:
+        """y = h_t becomes h_{t+1}; `kept` receives what the block keeps of each stage."""
         self._start_(y, x0, t)
         z = y.clone() if self.uses_z else None
         total = torch.zeros_like(y) if self.uses_sum else None
         for stage, (*_, e) in enumerate(self.coefficients[t]):
             if total is not None:
                 add_(total, e, y)
-            self._update_(y, z, total, t, stage)
+            self._update_(y, z, total, t, stage, kept)
 
-    def reverse(self, h: Tensor, x0: Tensor | None, g: Tensor, dx0: Tensor | None, t: int) -> Tensor:
-        """From h_t and g = dL/dh_{t+1} (overwritten) to dL/dh_t; all other gradients are accumulated."""
-        z, states, totals = self._replay(h, x0, t)
+    def reverse(self, h: Tensor, x0: Tensor | None, g: Tensor, dx0: Tensor | None, t: int, kept: list[Any]) -> Tensor:
+        """From h_t and g = dL/dh_{t+1} (overwritten) to dL/dh_t; all other gradients are accumulated.
+
+        kept: what the block has kept of the only stage, or nothing.
+        """
+        z, states, totals = self._replay(h, x0, t, kept)
         gz = torch.zeros_like(g) if self.uses_z else None
         gtotal = torch.zeros_like(g) if self.uses_sum else None
         for stage in reversed(range(len(states))):
@@ -144,7 +154,8 @@ class _Iteration:
             y, total = states[stage], totals[stage]
             if gtotal is not None:
                 add_(gtotal, v, g)
-            dy, dw = self.block.backward(y, g, w, self.problem.set_at(t), self.table is not None)
+            of_stage = kept[stage] if stage < len(kept) else None
+            dy, dw = self.block.backward(y, g, w, self.problem.set_at(t), self.table is not None, of_stage)
             if self.table is not None and dw is not None:
                 v_e = (g.new_zeros(()),) * 2 if total is None or gtotal is None else (dot(g, total), dot(gtotal, y))
                 self.table[t, stage] += torch.stack([dot(g, z), dot(g, y), v_e[0], dw, v_e[1]])
@@ -157,8 +168,10 @@ class _Iteration:
             g.add_(gz)
         return self._start_backward_(h, x0, g, dx0, t)
 
-    def _replay(self, h: Tensor, x0: Tensor | None, t: int) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-        """z, and for every stage its input y and the S that it reads."""
+    def _replay(
+        self, h: Tensor, x0: Tensor | None, t: int, kept: list[Any]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+        """z, and for every stage its input y and the S that it reads; `kept` receives what the block keeps of those passed."""
         z = self._start_(h.clone(), x0, t)
         states, totals = [z], []
         total = torch.zeros_like(z) if self.uses_sum else None
@@ -167,14 +180,21 @@ class _Iteration:
             total = None if total is None else add_(total.clone(), e, y)
             totals.append(total)
             if stage + 1 < len(self.coefficients[t]):
-                states.append(self._update_(y.clone(), z, total, t, stage))
+                states.append(self._update_(y.clone(), z, total, t, stage, kept))
         return z, states, totals
 
-    def _update_(self, y: Tensor, z: Tensor | None, total: Tensor | None, t: int, stage: int) -> Tensor:
+    def _update_(
+        self, y: Tensor, z: Tensor | None, total: Tensor | None, t: int, stage: int, kept: list[Any] | None = None
+    ) -> Tensor:
         """y <- p z + q y + v S + w F(y), the product of F landing on y."""
         p, q, v, w, _ = self.coefficients[t][stage]
         index = self.problem.set_at(t)
-        self.block.outer_(y, self.block.inner(y, index), index, q, w)
+        if kept is None:
+            u = self.block.inner(y, index)
+        else:
+            u, of_stage = self.block.inner_kept(y, index)
+            kept.append(of_stage)
+        self.block.outer_(y, u, index, q, w)
         if self.uses_z and z is not None:
             add_(y, p, z)
         return y if total is None else add_(y, v, total)
@@ -196,45 +216,45 @@ class _Iteration:
 
 
 def _reversed_states(
-    iteration: _Iteration, plan: Plan, h: Tensor, x0: Tensor | None, trajectory: Tensor | None, rows: slice
-) -> Iterator[tuple[int, Tensor]]:
-    """(t, h_t) of one tile from the last iteration back to the first that gradients reach.
+    iteration: _Iteration, plan: Plan, h: Tensor, x0: Tensor | None, trajectory: Tensor | None, rows: Rows
+) -> Iterator[tuple[int, Tensor, list[Any]]]:
+    """(t, h_t, what the block kept of it, if it did) of one tile, from the last iteration to the first that gradients reach.
 
     From the saved trajectory; else every `plan.interval`-th state is kept on a first walk, and the states between two of
-    them are walked again when their turn comes (with an interval of 1 there are none).
+    them are walked again when their turn comes, the block keeping its own (with an interval of 1 all are walked only once).
     """
     problem = iteration.problem
     first, last = problem.first_grad, problem.iterations
     if trajectory is not None:
         for t in reversed(range(first, last)):
-            yield t, trajectory[t, rows].to(problem.compute_dtype)
+            yield t, trajectory[t, rows].to(problem.compute_dtype), []
         return
     y = h[rows].to(problem.compute_dtype, copy=True)
     for t in range(first):
         iteration.advance_(y, x0, t)
-    starts = range(first, last, plan.interval)
+    interval = max(last - first, 1) if plan.interval == 1 else plan.interval
+    starts = range(first, last, interval)
     checkpoints: list[Tensor] = []
     for start in starts:
         checkpoints.append(y)
         y = y.clone()
         if start != starts[-1]:
-            for t in range(start, start + plan.interval):
+            for t in range(start, start + interval):
                 iteration.advance_(y, x0, t)
     for start in reversed(starts):
         segment = [checkpoints.pop()]
-        for t in range(start, min(start + plan.interval, last) - 1):
+        kept: list[list[Any]] = []
+        for t in range(start, min(start + interval, last) - 1):
             segment.append(segment[-1].clone())
-            iteration.advance_(segment[-1], x0, t)
+            kept.append([])
+            # Several stages are replayed from h_t, and what the block keeps of them is kept then.
+            iteration.advance_(segment[-1], x0, t, kept[-1] if problem.stages == 1 else None)
+        kept.append([])
         while segment:
-            yield start + len(segment) - 1, segment.pop()
+            yield start + len(segment) - 1, segment.pop(), kept.pop()
 
 
-def _tiles(total: int, rows: int) -> Iterator[slice]:
-    for start in range(0, total, rows):
-        yield slice(start, min(start + rows, total))
-
-
-def _tile(x: Tensor | None, rows: slice, like: Tensor) -> Tensor | None:
+def _tile(x: Tensor | None, rows: Rows, like: Tensor) -> Tensor | None:
     return None if x is None else x[rows].to(like.dtype)
 
 

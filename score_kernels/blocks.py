@@ -8,14 +8,20 @@ A block splits F in two, so that the second half can land on the state: `u = inn
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .linalg import Number, add_, dot, outer, product
+from .linalg import Number, add_, add_outer_, dot, product, scale_
 from .problem import Problem
 
 Gradients = dict[str, list[Tensor | None]]
+
+# The rows of a tile among those of the state: a range, or their indices.
+Rows = slice | Tensor
 
 
 class Block:
@@ -30,16 +36,39 @@ class Block:
         self.parameters = {name: [p.to(dtype) for p in tensors] for name, tensors in problem.parameters.items()}
         self.gradients = gradients or {}
 
+    def tiles(self, total: int, rows: int) -> Iterator[Rows]:
+        """The tiles of `total` rows, about `rows` each. The block computes on the one that was yielded last."""
+        for start in range(0, total, rows):
+            yield slice(start, min(start + rows, total))
+
     def inner(self, y: Tensor, index: int) -> Tensor:
         raise NotImplementedError
 
-    def outer_(self, y: Tensor, u: Tensor, index: int, q: Number, w: Number) -> Tensor:
-        """y <- q y + w F, F being the second half applied to u."""
+    def outer(self, u: Tensor, index: int) -> Tensor:
+        """The second half of F."""
         raise NotImplementedError
 
-    def backward(self, y: Tensor, g: Tensor, w: Number, index: int, want_dw: bool) -> tuple[Tensor, Tensor | None]:
-        """For L = <g, w F(y)>: dL/dy and, if wanted, dL/dw; parameter gradients are accumulated."""
+    def outer_(self, y: Tensor, u: Tensor, index: int, q: Number, w: Number) -> Tensor:
+        """y <- q y + w outer(u)"""
+        return add_(scale_(y, q), w, self.outer(u, index))
+
+    def backward(
+        self, y: Tensor, g: Tensor, w: Number, index: int, want_dw: bool, kept: Any = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """For L = <g, w F(y)>: dL/dy and, if wanted, dL/dw; parameter gradients are accumulated.
+
+        kept: what `inner_kept` kept of the same y; None: it is computed again.
+        """
         raise NotImplementedError
+
+    def inner_kept(self, y: Tensor, index: int) -> tuple[Tensor, Any]:
+        """`inner`, and what `backward` would have to compute again: `kept` numbers of each row, None where that is none."""
+        return self.inner(y, index), None
+
+    @staticmethod
+    def kept(problem: Problem) -> int:
+        """Numbers of a row that are worth their memory in backward: they are kept beside its states."""
+        return 0
 
     def get(self, name: str, index: int) -> Tensor | None:
         tensors = self.parameters[name]
@@ -55,15 +84,20 @@ class Block:
 
     def normalise(self, y: Tensor, index: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """norm(y) as an operand, and the (mean, 1/deviation) of the rows that its gradient needs."""
+        x, saved = self.normed(y, index)
+        return self.round(x), saved
+
+    def normed(self, y: Tensor, index: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """`normalise` without rounding."""
         gain, bias = self.get("norm_weight", index), self.get("norm_bias", index)
         if self.norm == "none":
-            return self.round(y), None
+            return y, None
         if self.norm == "layernorm":
             x, mean, rstd = torch.native_layer_norm(y, self.features, gain, bias, self.eps)
-            return self.round(x), (mean, rstd)
+            return x, (mean, rstd)
         rstd = torch.linalg.vector_norm(y, dim=1, keepdim=True).square_().div_(y.shape[1]).add_(self.eps).rsqrt_()
         x = y * rstd
-        return self.round(x if gain is None else x.mul_(gain)), (rstd, rstd)
+        return x if gain is None else x.mul_(gain), (rstd, rstd)
 
     def normalise_backward(self, dx: Tensor, y: Tensor, saved: tuple[Tensor, Tensor] | None, index: int) -> Tensor:
         """dL/dy from dx = dL/dnorm(y); rmsnorm: dy = r (dx gain - x mean(dx gain x)), x = r y."""
@@ -100,7 +134,7 @@ class Block:
         """For out = x W^T + b: dW += w dout^T x and db += w (column sums of dout)."""
         dweight, dbias = self.gradient(weight, index), self.gradient(bias, index)
         if dweight is not None:
-            add_(dweight, w, outer(dout, x))
+            add_outer_(dweight, w, dout, x)
         if dbias is not None:
             add_(dbias, w, dout.sum(0))
 
@@ -112,10 +146,12 @@ class Linear(Block):
         x, _ = self.normalise(y, index)
         return self.activation.forward(product(x, self.weight("weight", index), self.get("bias", index)), self.slope)
 
-    def outer_(self, y: Tensor, u: Tensor, index: int, q: Number, w: Number) -> Tensor:
-        return add_(y.mul_(q), w, u)
+    def outer(self, u: Tensor, index: int) -> Tensor:
+        return u
 
-    def backward(self, y: Tensor, g: Tensor, w: Number, index: int, want_dw: bool) -> tuple[Tensor, Tensor | None]:
+    def backward(
+        self, y: Tensor, g: Tensor, w: Number, index: int, want_dw: bool, kept: Any = None
+    ) -> tuple[Tensor, Tensor | None]:
         weight = self.weight("weight", index)
         x, saved = self.normalise(y, index)
         a = product(x, weight, self.get("bias", index))
@@ -133,10 +169,12 @@ class MLP(Block):
         up, gate = self._preactivations(x, index)
         return self.round(self._activate(up, gate))
 
-    def outer_(self, y: Tensor, u: Tensor, index: int, q: Number, w: Number) -> Tensor:
-        return add_(y.mul_(q), w, product(u, self.weight("w2", index), self.get("b2", index)))
+    def outer(self, u: Tensor, index: int) -> Tensor:
+        return product(u, self.weight("w2", index), self.get("b2", index))
 
-    def backward(self, y: Tensor, g: Tensor, w: Number, index: int, want_dw: bool) -> tuple[Tensor, Tensor | None]:
+    def backward(
+        self, y: Tensor, g: Tensor, w: Number, index: int, want_dw: bool, kept: Any = None
+    ) -> tuple[Tensor, Tensor | None]:
         act = self.activation
         x, saved = self.normalise(y, index)
         up, gate = self._preactivations(x, index)
@@ -169,6 +207,3 @@ class MLP(Block):
     def _activate(self, up: Tensor, gate: Tensor | None) -> Tensor:
         act = self.activation.forward
         return act(up, self.slope) if gate is None else act(gate, self.slope) * up
-
-
-BLOCKS: dict[str, type[Block]] = {"linear": Linear, "mlp": MLP}

@@ -98,7 +98,7 @@ def convert(model: nn.Module, *, dry_run: bool = False, min_speedup: float | Non
 
 
 def revert(model: nn.Module) -> None:
-    """Makes every `FusedSequential` in the model the `nn.Sequential` that it was, in place."""
+    """Makes every `FusedSequential` in the model the `nn.Sequential` that it was, in place. Revert before `fully_shard`."""
     for module in model.modules():
         if type(module) is FusedSequential:
             module.__dict__.pop("runs", None)

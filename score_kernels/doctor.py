@@ -13,6 +13,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,8 @@ from types import ModuleType
 from typing import Any
 
 from . import __version__
-from .planner import BACKENDS, MISSING, VERIFIED
+from .machine import VERIFIED
+from .planner import BACKENDS, FUSED
 
 Facts = dict[str, Any]
 
@@ -36,11 +38,15 @@ COLUMNS = 100
 ABSENT = "absent"
 
 
-def run(as_json: bool = False) -> int:
-    """Prints the report; 0, or 1 when the package cannot work here."""
+def run(as_json: bool = False, verify: bool = False) -> int:
+    """Prints the report; 0, or 1 when the package cannot work here, or a kernel that `verify` compares is not right."""
     report = examine()
+    if verify and report["works"]:
+        from . import verification
+
+        report["verification"] = verification.run(lambda text: print(text, file=sys.stderr))
     print(json.dumps(report, indent=2) if as_json else render(report))
-    return 0 if report["works"] else 1
+    return 0 if report["works"] and report.get("verification", {"passed": True})["passed"] else 1
 
 
 def examine() -> Facts:
@@ -93,6 +99,7 @@ def render(report: Facts) -> str:
             for found in report[f"{kind}s"]
             for pair in ((kind, found["what"]), ("fix", found["fix"]))
         ),
+        *(("verify", text) for text in report.get("verification", {"says": []})["says"]),
         ("verdict", report["verdict"]),
     ]
     width = max(len(name) for name, _ in rows) + 2
@@ -174,24 +181,26 @@ def _output(*command: str) -> Sequence[str]:
 
 
 def _backends(torch: ModuleType | None, cuda: Facts, triton: Facts, problems: list[Facts]) -> dict[str, str | None]:
-    """Every backend of the design; None: available, else the reason why it is not."""
+    """Every backend; None: available, else the reason why it is not."""
     if torch is None:
-        return {**dict.fromkeys(BACKENDS, "torch cannot be imported"), **MISSING}
-    return {**dict.fromkeys(BACKENDS), "triton": _no_triton(torch, cuda, triton, problems), **MISSING}
+        return dict.fromkeys(BACKENDS, "torch cannot be imported")
+    return {**dict.fromkeys(BACKENDS), **_fused(torch, cuda, triton, problems)}
 
 
-def _no_triton(torch: ModuleType, cuda: Facts, triton: Facts, problems: list[Facts]) -> str | None:
-    """Why the Triton kernels cannot run here, or None."""
+def _fused(torch: ModuleType, cuda: Facts, triton: Facts, problems: list[Facts]) -> dict[str, str | None]:
+    """Why the fused kernels of each backend cannot run here, or None."""
+    found: dict[str, str | None] = dict.fromkeys(FUSED, "torch has to be mended first")
+    if not problems:
+        try:
+            from .ops import machine_of
+
+            machine = machine_of(torch.device("cuda" if cuda["available"] else "cpu"))
+            found = {name: getattr(machine, name) for name in FUSED}
+        except Exception as error:
+            found = dict.fromkeys(FUSED, _describe(error))
     if triton["error"] not in (None, ABSENT):
-        return f"Triton {triton['error']}"
-    if problems:
-        return "torch has to be mended first"
-    try:
-        from .ops import machine_of
-
-        return machine_of(torch.device("cuda" if cuda["available"] else "cpu")).triton
-    except Exception as error:
-        return _describe(error)
+        found["triton"] = f"Triton {triton['error']}"
+    return found
 
 
 def _smoke(cuda: Facts, problems: list[Facts]) -> list[Facts]:
@@ -253,12 +262,15 @@ def _notes(torch: Facts, cuda: Facts, triton: Facts) -> list[Facts]:
 
 
 def _unverified(cuda: Facts, backends: dict[str, str | None]) -> list[Facts]:
-    """The GPUs here on which the Triton kernels run, and `auto` does not choose them."""
-    capabilities = [device["capability"] for device in cuda["devices"] if backends["triton"] is None]
-    why = "auto does not choose the Triton kernels: no hardware results are committed for compute capability"
-    fix = "backend='triton' chooses them; `make gpu-check OUT=dir` in a source checkout makes such results"
-    unknown = (c for c in dict.fromkeys(capabilities) if int(c.replace(".", "")) not in VERIFIED)
-    return [{"what": f"{why} {capability}", "fix": fix} for capability in unknown]
+    """The fused kernels that run on a GPU here, and that `auto` does not choose."""
+    why = "auto does not choose the {} kernels: no hardware results are committed for compute capability {}"
+    fix = "backend='{}' chooses them; `make gpu-check OUT=dir` in a source checkout makes such results"
+    return [
+        {"what": why.format(name, capability), "fix": fix.format(name)}
+        for name in FUSED
+        for capability in dict.fromkeys(device["capability"] for device in cuda["devices"])
+        if backends[name] is None and (name, int(capability.replace(".", ""))) not in VERIFIED
+    ]
 
 
 def _verdict(report: Facts) -> str:
@@ -287,7 +299,7 @@ def _describe_module() -> str:
         return "not built (docs/building.md says how)"
     except ImportError as error:
         return f"broken: {error}"
-    return f"for {', '.join(module.architectures())}; {MISSING['cuda']}"
+    return f"for {', '.join(module.architectures())}"
 
 
 def _describe_tool(tool: Facts, why: str) -> str:

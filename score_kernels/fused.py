@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import arguments, functional, ops
 from .finding import Block, Found
-from .planner import Plan
+from .plan import Plan
 from .problem import Problem, compute_dtype
 from .tokens import ACTIVATION, NORM, RESIDUAL, SEQUENTIALS, Token, describe, hooked, leaves
 
@@ -139,6 +139,19 @@ class FusedSequential(nn.Sequential):
             else:
                 input, at = run(input, modules), at + len(run.tokens)
         return input
+
+    def outside(self) -> list[tuple[str, nn.Module]]:
+        """The modules that are in no run, with their paths."""
+        inside: set[nn.Module] = set()
+        others = []
+        left = 0
+        for path, module in leaves(self):
+            left = len(self.runs[path].tokens) if path in self.runs else max(left - 1, 0)
+            if left:
+                inside.add(module)
+            else:
+                others.append((path, module))
+        return [(path, module) for path, module in others if module not in inside]
 
     def __getitem__(self, idx: Any) -> Any:
         part: Any = super().__getitem__(idx)

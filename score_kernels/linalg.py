@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Up to so many columns of the narrower operand the BLAS, which takes transposes as they are, is faster than oneDNN.
+NARROW = 128
+
 # A coefficient: a number on the CPU, a 0-dim tensor elsewhere, so that reading it does not wait for the device.
 Number = float | Tensor
 
@@ -15,6 +18,11 @@ Number = float | Tensor
 def add_(y: Tensor, a: Number, x: Tensor) -> Tensor:
     """y <- y + a x"""
     return y.addcmul_(x, a) if isinstance(a, Tensor) else y.add_(x, alpha=a)
+
+
+def scale_(y: Tensor, a: Number) -> Tensor:
+    """y <- a y"""
+    return y if isinstance(a, float) and a == 1.0 else y.mul_(a)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -34,10 +42,12 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def outer(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b, the sum over the rows of their outer products, for a (M, N), b (M, K)."""
+def add_outer_(y: Tensor, w: Number, a: Tensor, b: Tensor) -> Tensor:
+    """y <- y + w a^T b, the sum over the rows of their outer products, for a (M, N), b (M, K)."""
+    if isinstance(w, float) and min(y.shape) <= NARROW:
+        return y.addmm_(a.t(), b, alpha=w)
     # The first operand's transpose is copied: let it be the narrower one.
-    return product(a.t(), b.t()) if a.shape[1] <= b.shape[1] else product(b.t(), a.t()).t()
+    return add_(y, w, product(a.t(), b.t()) if a.shape[1] <= b.shape[1] else product(b.t(), a.t()).t())
 
 
 @functools.cache

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Self, TypedDict, Unpack
+from typing import Any, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from . import functional
 from .arguments import check_iterations, check_keywords, check_options, one_of
-from .problem import SHAPES
+from .problem import SHAPES, extent
 
 # A learned dt stays this far inside (0, 1), where float32 still tells it from the ends.
 MARGIN = 2.0**-20
@@ -20,7 +20,6 @@ MARGIN = 2.0**-20
 class ModuleOptions(TypedDict, total=False):
     """Keyword arguments that a module passes on to its op; see `functional.score_mlp`."""
 
-    negative_slope: float
     eps: float
     update: str
     solver: str
@@ -32,10 +31,20 @@ class ModuleOptions(TypedDict, total=False):
     backend: str
 
 
-class _ScoreModule(nn.Module):
-    """Parameters by the names and shapes of `SHAPES[op]`, with a leading L when `layers` is more than 1."""
+class ActivatedOptions(ModuleOptions, total=False):
+    """Those of a module with an activation."""
+
+    negative_slope: float
+
+
+class ScoreModule(nn.Module):
+    """What the modules share: parameters by the names and shapes of `SHAPES[op]`, with a leading L when `layers` is above 1.
+
+    own: arguments of the op that only it takes, as they are given to it.
+    """
 
     op: str
+    keywords = ModuleOptions.__annotations__
 
     def __init__(
         self,
@@ -47,7 +56,7 @@ class _ScoreModule(nn.Module):
         layers: int,
         bias: bool,
         norm: str | None,
-        activation: str,
+        own: dict[str, Any],
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         options: ModuleOptions,
@@ -55,18 +64,19 @@ class _ScoreModule(nn.Module):
         super().__init__()
         norm = None if norm == "none" else norm
         one_of("learn_dt", str(learn_dt), ("False", "scalar", "per_iteration"))
-        check_keywords(type(self).__name__, options, ModuleOptions.__annotations__)
-        check_options({**options, "dt": dt, "norm": "none" if norm is None else norm, "activation": activation})
+        check_keywords(type(self).__name__, options, self.keywords)
+        check_options({**options, **own, "dt": dt, "norm": "none" if norm is None else norm})
         check_iterations(iterations)
         if not 1 <= layers <= max(iterations, 1):
             raise ValueError(f"layers: expected 1 to iterations = {iterations} parameter sets, got {layers}")
-        self.iterations, self.layers, self.learn_dt, self.norm, self.activation = iterations, layers, learn_dt, norm, activation
-        self.sizes = sizes
+        self.iterations, self.layers, self.learn_dt, self.norm = iterations, layers, learn_dt, norm
+        self.sizes, self.own = sizes, own
         absent += () if bias else tuple(name for name in SHAPES[self.op] if name.startswith("b") or name.endswith("bias"))
-        absent += {None: ("norm_weight", "norm_bias"), "rmsnorm": ("norm_bias",)}.get(norm, ())
+        unlearned = {None: ("norm_weight", "norm_bias"), "rmsnorm": ("norm_bias",)}.get(norm, ())
         for name, dims in SHAPES[self.op].items():
-            shape = (*((layers,) if layers > 1 else ()), *(sizes[d] for d in dims))
-            parameter = None if name in absent else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            shape = (*((layers,) if layers > 1 else ()), *(extent(d, sizes) for d in dims))
+            without = name in absent or name.endswith(unlearned)
+            parameter = None if without else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             self.register_parameter(name, parameter)
         self._hold_dt(dt, device, str(options.get("update", "contractive")))
         self.options = {name: value for name, value in options.items() if not isinstance(value, Tensor)}
@@ -102,14 +112,21 @@ class _ScoreModule(nn.Module):
             raise ValueError(f"dt: expected a start strictly inside (0, 1) with learn_dt={self.learn_dt!r}, got {dt}")
         # Numbers, not a buffer: they outlive `to("meta")` and `to_empty`.
         self.initial_dt = start.expand(shape).tolist()
-        self.dt_logit = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
+        # One element where one is learned, not a scalar: FSDP2 shards no parameters without dimensions.
+        self.dt_logit = nn.Parameter(torch.empty(shape or (1,), dtype=torch.float32, device=device))
+
+    @property
+    def activation(self) -> str | None:
+        """The name of the activation, where the op has one."""
+        return self.own.get("activation")
 
     @property
     def dt(self) -> float | Tensor | None:
         """The step: as given, or the learned one, strictly inside (0, 1)."""
         if not self.learn_dt:
             return self.fixed_dt
-        return MARGIN + (1 - 2 * MARGIN) * torch.sigmoid(self.dt_logit)
+        dt = MARGIN + (1 - 2 * MARGIN) * torch.sigmoid(self.dt_logit)
+        return dt.squeeze() if self.learn_dt == "scalar" else dt
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As every module, but a learned dt's logit keeps float32 when the weights go to 16 bits."""
@@ -124,9 +141,9 @@ class _ScoreModule(nn.Module):
         """Weights and biases as `nn.Linear` starts them, norms at 1 and 0, a learned dt at its initial value."""
         fan_in = self.sizes["D"]
         for name, parameter in self.named_parameters(recurse=False):
-            if name == "norm_weight":
+            if name.endswith("norm_weight"):
                 nn.init.ones_(parameter)
-            elif name == "norm_bias":
+            elif name.endswith("norm_bias"):
                 nn.init.zeros_(parameter)
             elif name == "dt_logit":
                 start = torch.tensor(self.initial_dt, dtype=torch.float64, device="cpu")
@@ -138,22 +155,30 @@ class _ScoreModule(nn.Module):
 
     def forward(self, h: Tensor, *, x0: Tensor | None = None, iterations: int | None = None) -> Tensor:
         """h (..., D) -> (..., D). x0: injected state, like h. iterations: depth of this call, default the module's."""
+        return self.call(h, x0, iterations)
+
+    def call(self, h: Tensor, x0: Tensor | None, iterations: int | None, **inputs: Any) -> Tensor:
+        """The op with the module's parameters and options. inputs: arguments of the op for this call."""
         function: Callable[..., Tensor] = getattr(functional, f"score_{self.op}")
-        parameters = {name: getattr(self, name) for name in SHAPES[self.op]}
         held = {name: getattr(self, name) for name in ("x0_scale", "state_scale") if hasattr(self, name)}
         if x0 is None:
             held.pop("x0_scale", None)
         return function(
             h,
-            **parameters,
+            **self.parameters_of_op(),
             iterations=self.iterations if iterations is None else iterations,
             dt=self.dt,
-            activation=self.activation,
             norm=self.norm,
             x0=x0,
+            **self.own,
+            **inputs,
             **self.options,
             **held,
         )
+
+    def parameters_of_op(self) -> dict[str, Any]:
+        """The module's parameters as the op takes them."""
+        return {name: getattr(self, name) for name in SHAPES[self.op]}
 
     def extra_repr(self) -> str:
         parts = [*(str(size) for size in self.sizes.values()), f"iterations={self.iterations}"]
@@ -167,13 +192,13 @@ class _ScoreModule(nn.Module):
             parts.append("bias=False")
         if getattr(self, "w_gate", None) is not None:
             parts.append("gated=True")
-        parts.append(f"activation={self.activation!r}")
+        parts += [f"{name}={value!r}" for name, value in self.own.items() if value not in (None, False)]
         parts += [f"norm={self.norm!r}"] if self.norm else []
         parts += [f"{name}={value!r}" for name, value in self.options.items()]
         return ", ".join(parts)
 
 
-class ScoreLinear(_ScoreModule):
+class ScoreLinear(ScoreModule):
     """T iterations of one shared `act(norm(h) W^T + b)`, D -> D, instead of a stack of T layers.
 
     Args:
@@ -185,10 +210,12 @@ class ScoreLinear(_ScoreModule):
         bias: biases, those of a layernorm included.
         activation, norm, **options: as for `functional.score_linear`.
 
-    `forward(h, *, x0=None, iterations=None)` takes (..., D) and returns (..., D).
+    `forward(h, *, x0=None, iterations=None)` takes (..., D) and returns (..., D). Both raise ValueError or TypeError as the op
+    does, the constructor before it makes a parameter.
     """
 
     op = "linear"
+    keywords = ActivatedOptions.__annotations__
 
     def __init__(
         self,
@@ -203,13 +230,13 @@ class ScoreLinear(_ScoreModule):
         norm: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **options: Unpack[ModuleOptions],
+        **options: Unpack[ActivatedOptions],
     ) -> None:
-        sizes = {"D": features}
-        super().__init__(sizes, (), iterations, dt, learn_dt, layers, bias, norm, activation, device, dtype, options)
+        sizes, own = {"D": features}, {"activation": activation}
+        super().__init__(sizes, (), iterations, dt, learn_dt, layers, bias, norm, own, device, dtype, options)
 
 
-class ScoreMLP(_ScoreModule):
+class ScoreMLP(ScoreModule):
     """T iterations of one shared `act(norm(h) W1^T + b1) W2^T + b2`, D -> H -> D, instead of a stack of T blocks.
 
     Args:
@@ -217,10 +244,12 @@ class ScoreMLP(_ScoreModule):
         gated: with a gate, `(act(n Wg^T + bg) * (n W1^T + b1)) W2^T + b2`; activation="silu" makes it SwiGLU.
         iterations, dt, learn_dt, layers, bias, activation, norm, **options: as for `ScoreLinear`, `functional.score_mlp`.
 
-    `forward(h, *, x0=None, iterations=None)` takes (..., D) and returns (..., D).
+    `forward(h, *, x0=None, iterations=None)` takes (..., D) and returns (..., D). Both raise ValueError or TypeError as the op
+    does, the constructor before it makes a parameter.
     """
 
     op = "mlp"
+    keywords = ActivatedOptions.__annotations__
 
     def __init__(
         self,
@@ -237,7 +266,8 @@ class ScoreMLP(_ScoreModule):
         norm: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **options: Unpack[ModuleOptions],
+        **options: Unpack[ActivatedOptions],
     ) -> None:
-        sizes, absent = {"D": features, "H": hidden_features}, () if gated else ("w_gate", "b_gate")
-        super().__init__(sizes, absent, iterations, dt, learn_dt, layers, bias, norm, activation, device, dtype, options)
+        sizes, own = {"D": features, "H": hidden_features}, {"activation": activation}
+        absent = () if gated else ("w_gate", "b_gate")
+        super().__init__(sizes, absent, iterations, dt, learn_dt, layers, bias, norm, own, device, dtype, options)

@@ -3,98 +3,42 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from .triton_kernels.configs import BACKWARD, FORWARD, INTERPRETED, SCALES, SLOTS, Tile, family
+from . import kernel_tiles, row_tiles
+from .machine import Kernel, Machine
+from .plan import Plan
+from .triton_kernels.attention_configs import SequenceTile
+from .triton_kernels.configs import SCALES, Tile
 
-BACKENDS = ("reference", "blas", "triton")
+BACKENDS = ("reference", "blas", "triton", "cuda")
 
-# Backends that the design has and this version does not: what `explain` and errors say of them.
-MISSING = {"cuda": "no op calls the CUDA kernels yet"}
+# Those that run all iterations in one launch, fastest first.
+FUSED = ("cuda", "triton")
+
+# Ops that backends have no kernel for.
+NO_KERNEL = {
+    "attention": {"cuda": "no CUDA kernel computes attention yet"},
+    "transformer": {"cuda": "no CUDA kernel computes transformer yet"},
+}
+
+# Elements of a record that backward leaves for the gradients of the parameters, of D and the hidden features of all layers.
+RECORDS = {
+    "linear": lambda features, hidden: 2 * features,
+    "mlp": lambda features, hidden: 2 * features + hidden,
+    "attention": lambda features, hidden: 6 * features,
+    # Both halves, and behind each what the gradients of a norm that follows it are sums of.
+    "transformer": lambda features, hidden: 12 * features + hidden,
+}
 
 # What the name of a backend that was not chosen for backward alone ends with.
 IN_BACKWARD = " in backward"
 
-# Working set of a tile on a CPU: within the shared cache, and large enough that starting the threads of a call costs little.
-CPU_TILE_BYTES = 8 << 20
-CPU_ROWS = (256, 8192)
-GPU_ROWS = (1024, 1 << 20)
+# Bytes of the gradient of a scalar from one row: float32, and float64 while they are summed.
+SCALAR = 4 + 8
 
 # Rows and columns of a weight gradient that one program of a library's product has.
 PRODUCT_TILE = 128
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a call runs on.
-
-    device: "cpu", "cuda" or "hip", else torch's device type. arch: compute capability, 90 for 9.0. multiprocessors,
-    shared_memory: of the device, the latter in bytes for one program. tf32: torch may use it for float32 products.
-    triton: why it cannot run here, or None.
-    verified: the architectures on which the kernels have been compared with float64 on hardware.
-    """
-
-    device: str = "cpu"
-    arch: int = 0
-    multiprocessors: int = 0
-    shared_memory: int = 0
-    tf32: bool = False
-    triton: str | None = "it needs a GPU"
-    verified: frozenset[int] = frozenset()
-
-
-# Architectures with committed hardware results, which `auto` needs to choose a kernel. None yet.
-VERIFIED: frozenset[int] = frozenset()
-
-# What Triton's interpreter is planned as.
-INTERPRETER = Machine("cpu", multiprocessors=2, shared_memory=1 << 20, tf32=True, triton=None)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one call runs. `skipped` holds (backend, reason) for every faster backend that was not chosen.
-
-    backend, backward: who runs the two passes. blas: rows, backward_rows of a tile, a state kept every `interval` iterations.
-    triton: the tiles, `programs` of backward at a time, `chunk_rows` for each of its launches, `parts` of a product over rows.
-    """
-
-    op: str
-    backend: str
-    backward: str
-    device: str
-    dtype: str
-    iterations: int
-    rows: int
-    backward_rows: int
-    interval: int
-    scratch_bytes: int
-    skipped: tuple[tuple[str, str], ...] = ()
-    forward_tile: Tile | None = None
-    backward_tile: Tile | None = None
-    programs: int = 0
-    chunk_rows: int = 0
-    parts: int = 1
-
-    def __str__(self) -> str:
-        lines = [("op", self.op), ("backend", self.backend), ("device", f"{self.device}, {self.dtype}")]
-        walk = "once" if self.interval == 1 else f"twice, a state kept every {self.interval} iterations"
-        scratch = ("scratch", f"at most {self.scratch_bytes / 2**20:.1f} MiB in backward")
-        if self.forward_tile is not None:
-            lines.append(("forward", f"one launch, tiles of {_describe(self.forward_tile)}, {self.iterations} iterations each"))
-        elif self.backend == "blas":
-            lines.append(("forward", f"tiles of {self.rows} rows, {self.iterations} iterations each"))
-        if self.backward_tile is not None:
-            tiles = f"tiles of {_describe(self.backward_tile)}, {self.programs} programs"
-            lines += [("backward", f"{self.chunk_rows} rows a launch, {tiles}"), scratch]
-        elif self.backward == "blas":
-            lines += [("backward", f"tiles of {self.backward_rows} rows, trajectory recomputed {walk}"), scratch]
-        lines += [(f"not {name}", reason) for name, reason in self.skipped]
-        width = max(len(key) for key, _ in lines)
-        return "\n".join(f"{key:<{width}}  {value}" for key, value in lines)
-
-
-def _describe(tile: Tile) -> str:
-    return f"{tile.rows} rows x {tile.hidden} hidden features, {tile.warps} warps, {tile.shared / 1024:.0f} KiB shared"
 
 
 def plan(
@@ -103,129 +47,117 @@ def plan(
     features: int,
     hidden: int,
     gated: bool,
+    activation: str,
     iterations: int,
     dtype: str,
     itemsize: int,
     machine: Machine,
     scratch_budget: int,
+    tokens: int = 1,
+    heads: int = 1,
     state_tiles: int = 1,
     stages: int = 1,
+    sets: int = 1,
+    kept: int = 0,
     backend: str = "auto",
 ) -> Plan:
     """Plans one call.
 
     features, hidden: D and H. iterations: those that gradients reach. dtype: the input's, as "bfloat16".
     itemsize: bytes of an element of state (4, or 8 for float64). scratch_budget: bytes. state_tiles, stages: of the solver.
-    Raises ValueError for a backend that is unknown, not part of this version, or named and unable to run the call.
+    sets: L. tokens: rows that no tile may part, the longest sequence of an op on sequences. heads: of attention. kept: numbers
+    of a row that blas keeps in backward beside a state.
+    Raises ValueError for a backend that is unknown, or named and unable to run the call.
     """
-    if backend in MISSING:
-        raise ValueError(f"backend={backend!r}: {MISSING[backend]}; available: {', '.join(BACKENDS)}")
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend: expected one of {', '.join(('auto', *BACKENDS))}, got {backend!r}")
-    state = features * itemsize
-    rows = _rows(state, hidden * (2 if gated else 1) * itemsize, machine.device, scratch_budget)
-    backward_rows, interval = _checkpoints(rows, iterations, scratch_budget // state)
-    scratch = scratch_tiles(iterations, interval) * backward_rows * state
+    state, kept_bytes = features * itemsize, kept * itemsize
+    rows = row_tiles.forward_rows(state, hidden * (2 if gated else 1) * itemsize, tokens, machine.device, scratch_budget)
+    backward_rows, interval = row_tiles.checkpoints(rows, iterations, state, kept_bytes, scratch_budget, tokens)
+    scratch = backward_rows * row_tiles.scratch_row(iterations, interval, state, kept_bytes)
     chosen = "blas" if backend == "auto" else backend
     base = Plan(op, chosen, chosen, machine.device, dtype, iterations, rows, backward_rows, interval, scratch)
-    if backend != "triton" and (backend != "auto" or machine.device == "cpu"):
+    if backend not in FUSED and (backend != "auto" or machine.device == "cpu"):
         return base
 
-    skipped = tuple(MISSING.items()) if backend == "auto" else ()
+    block = (op, features, hidden, gated, activation, dtype, stages, sets)
+    kernel, no_cuda = machine.kernel("forward", *block)
     kind = f"gated {op}" if gated else op
-    forward, backward, reason = _tiles(kind, features, dtype, machine, state_tiles)
-    if backend == "auto" and reason is None and machine.arch not in machine.verified:
-        reason = f"no hardware results are committed for compute capability {machine.arch / 10}; backend='triton' selects it"
-    if forward is None or reason is not None:
-        if backend == "triton":
-            raise ValueError(f"backend='triton' cannot run this call: {reason}")
-        return replace(base, skipped=(*skipped, ("triton", str(reason))))
-    base = replace(base, backend="triton", forward_tile=forward, skipped=skipped)
-    if backward is None:
-        reason = f"backward of D = {features} does not fit in registers"
-        return replace(base, backward="blas", skipped=(*skipped, (f"triton{IN_BACKWARD}", reason)))
-    operands = 2 * features + ((3 if gated else 2) * hidden if op == "mlp" else 0)
-    # Of a row and iteration: the ring's records, the stages' inputs and the gradients of scalars.
-    record = stages * (operands * (4 if dtype == "float32" else 2) + features * 4) + (5 * stages + SCALES) * 4
-    row = iterations * record + features * 4
-    return _backward(base, backward, features, hidden, row, machine, scratch_budget)
-
-
-def _tiles(
-    kind: str, features: int, dtype: str, machine: Machine, state_tiles: int
-) -> tuple[Tile | None, Tile | None, str | None]:
-    """The tiles of the Triton kernels for the two passes of a call, or why it cannot have them."""
-    if machine.triton is not None:
-        return None, None, machine.triton
-    if dtype == "float64":
-        return None, None, "float64 is computed by blas"
-    if dtype == "float32" and not machine.tf32:
-        return None, None, "full float32 is computed by blas; torch.backends.cuda.matmul.allow_tf32 = True admits tf32"
-    if machine == INTERPRETER:
-        return INTERPRETED, INTERPRETED, None
-    # On ROCm, where no budget has been checked, the tiles of the family with the smallest shared memory.
-    found = family(machine.arch) if machine.device == "cuda" else 80
-    widths = FORWARD[found].get((kind, state_tiles), {})
-    # The tiles are for 16-bit operands: those of 32 bits take the registers and the shared memory of twice the width.
-    operands = 2 if dtype == "float32" else 1
-    width = _columns(features) * operands
-    if width not in widths:
-        most = max(widths, default=0) // operands
-        return None, None, f"D = {features} does not fit in registers with this block and solver ({most} at most)"
-    forward = widths[width]
-    if forward.shared > machine.shared_memory:
-        return None, None, f"it needs {forward.shared} bytes of shared memory, this device has {machine.shared_memory}"
-    return forward, BACKWARD[found].get(kind, {}).get(width), None
-
-
-def _backward(base: Plan, tile: Tile, features: int, hidden: int, row: int, machine: Machine, scratch_budget: int) -> Plan:
-    """Programs and rows of a launch within the scratch budget; blas where not even one tile fits. row: bytes of a row."""
-    programs = machine.multiprocessors * max(machine.shared_memory // max(tile.shared, 1), 1)
+    forward, backward, no_triton = kernel_tiles.tiles(kind, features, dtype, machine, state_tiles, tokens, features // heads)
+    reasons = {"cuda": no_cuda, "triton": no_triton, **NO_KERNEL.get(op, {})}
+    if backend == "auto":
+        reasons = {name: reason or _unverified(name, machine) for name, reason in reasons.items()}
+    elif reasons[backend] is not None:
+        raise ValueError(f"backend={backend!r} cannot run this call: {reasons[backend]}")
+    able = [name for name in FUSED if reasons[name] is None and backend in (name, "auto")]
+    if not able:
+        return replace(base, skipped=tuple((name, str(reasons[name])) for name in FUSED))
+    faster = FUSED[: FUSED.index(able[0])] if backend == "auto" else ()
     # Two programs of a product for every multiprocessor.
     parts = max(2 * machine.multiprocessors // (math.ceil(features / PRODUCT_TILE) * math.ceil(hidden / PRODUCT_TILE)), 1)
-    fixed = programs * SLOTS * tile.rows * _columns(features) * 4 + parts * features * hidden * 4
+    base = replace(
+        base, backend=able[0], kernel=kernel if able[0] == "cuda" else None, forward_tile=forward, parts=parts,
+        skipped=tuple((name, str(reasons[name])) for name in faster),
+    )  # fmt: skip
+    if isinstance(forward, SequenceTile):
+        base = replace(base, forward_programs=kernel_tiles.forward_programs(forward, features, machine, scratch_budget))
+
+    record, products = RECORDS[op](features, hidden * (3 if gated else 2)), parts * features * hidden * 4
+    if base.backend == "cuda":
+        base = _on_cuda(base, *machine.kernel("backward", *block), features, record, products, machine, scratch_budget)
+        if base.backward_kernel is not None:
+            return base
+    # Triton walks the states again by itself, whoever runs forward.
+    if backward is None or reasons["triton"] is not None:
+        heads_of = f" with heads of {features // heads} features" if kind in kernel_tiles.SEQUENCES else ""
+        return _on_blas(base, reasons["triton"] or f"backward of D = {features}{heads_of} does not fit in registers")
+    # Of a row and iteration: the ring's records, the stages' inputs and the gradients of scalars.
+    of_stages = stages * (record * (4 if dtype == "float32" else 2) + features * 4) + (5 * stages + SCALES) * SCALAR
+    return _on_triton(base, backward, features, products, iterations * of_stages + features * 4, machine, scratch_budget)
+
+
+def _unverified(backend: str, machine: Machine) -> str | None:
+    """Why `auto` does not choose kernels that would run."""
+    if (backend, machine.arch) in machine.verified:
+        return None
+    return f"no hardware results are committed for compute capability {machine.arch / 10}; backend={backend!r} selects it"
+
+
+def _on_cuda(
+    base: Plan, kernel: Kernel | None, reason: str | None, features: int, record: int, products: int, machine: Machine,
+    scratch_budget: int,
+) -> Plan:  # fmt: skip
+    """Backward by this kernel, if it is one and a block of rows has its scratch; else with why it is not. record: elements."""
+    if kernel is not None and reason is None:
+        partials = machine.multiprocessors * math.prod(kernel.partials) * 4
+        record, fixed = (0, partials) if kernel.accumulates else (record, products)
+        # Of a row: the ring's records, the gradients of scalars, the states, and dL/dx0.
+        row = base.iterations * (record * 2 + (5 + SCALES) * SCALAR) + (base.iterations + 2) * features * 4
+        chunk = (scratch_budget - fixed) // row // kernel.rows * kernel.rows
+        if chunk > 0:
+            return replace(
+                base, backward="cuda", backward_kernel=kernel, programs=machine.multiprocessors, chunk_rows=chunk,
+                scratch_bytes=fixed + chunk * row,
+            )  # fmt: skip
+        reason = f"not even one block of rows has its scratch within {scratch_budget} bytes"
+    return replace(base, skipped=(*base.skipped, (f"cuda{IN_BACKWARD}", str(reason))))
+
+
+def _on_triton(
+    base: Plan, tile: Tile | SequenceTile, features: int, products: int, row: int, machine: Machine, scratch_budget: int
+) -> Plan:
+    """Programs and rows of a launch within the scratch budget; blas where not even one tile fits. row: bytes of a row."""
+    programs = kernel_tiles.programs(tile, machine)
+    fixed = kernel_tiles.backward_scratch(tile, features, base.forward_programs, programs) + products
     chunk = (scratch_budget - fixed) // row // tile.rows * tile.rows
     if tile.shared > machine.shared_memory or chunk < tile.rows:
-        reason = f"backward needs more shared memory or scratch than there is ({tile.shared} bytes, {scratch_budget} bytes)"
-        return replace(base, backward="blas", skipped=(*base.skipped, (f"triton{IN_BACKWARD}", reason)))
+        needs = f"({tile.shared} bytes, {scratch_budget} bytes)"
+        return _on_blas(base, f"backward needs more shared memory or scratch than there is {needs}")
     return replace(
-        base, backward="triton", backward_tile=tile, programs=programs, chunk_rows=chunk, parts=parts,
-        scratch_bytes=fixed + chunk * row,
+        base, backward="triton", backward_tile=tile, programs=programs, chunk_rows=chunk, scratch_bytes=fixed + chunk * row,
     )  # fmt: skip
 
 
-def scratch_tiles(iterations: int, interval: int) -> int:
-    """States that backward keeps for one tile: the checkpoints, and the states between two of them."""
-    return math.ceil(iterations / interval) + interval - 1
-
-
-def _rows(state: int, hidden: int, device: str, budget: int) -> int:
-    """Rows of a tile, a power of two: y, norm(y) and twice the hidden features within the cache (the budget on a GPU)."""
-    (low, high), size = (CPU_ROWS, CPU_TILE_BYTES) if device == "cpu" else (GPU_ROWS, budget)
-    fit = size // (2 * state + 2 * hidden)
-    return min(max(_power_of_two(fit), low), high)
-
-
-def _columns(features: int) -> int:
-    """D padded as the Triton kernels pad it: to a power of two, 16 or more."""
-    return max(_power_of_two(2 * features - 1), 16)
-
-
-def _power_of_two(limit: int) -> int:
-    """The largest power of two within the limit, at least 1."""
-    return 1 << max(limit, 1).bit_length() - 1
-
-
-def _checkpoints(rows: int, iterations: int, budget: int) -> tuple[int, int]:
-    """Rows and checkpoint interval of backward, which may keep 2 ceil(sqrt(T)) forward tiles of state, `budget` rows in all.
-
-    Every state of a smaller tile costs one walk through the iterations; where that tile would be too small to multiply
-    well, every sqrt(T)-th state of a larger one costs a second walk.
-    """
-    allowed = 2 * math.isqrt(max(iterations - 1, 0)) + 2
-    for interval in (1, math.isqrt(max(iterations - 1, 0)) + 1):
-        kept = max(scratch_tiles(iterations, interval), 1)
-        fit = min(rows * min(allowed / kept, 1), budget / kept)
-        if fit >= CPU_ROWS[0]:
-            break
-    return _power_of_two(int(fit)), interval
+def _on_blas(base: Plan, reason: str) -> Plan:
+    """Backward by blas, for this reason."""
+    return replace(base, backward="blas", skipped=(*base.skipped, (f"triton{IN_BACKWARD}", reason)))

@@ -6,6 +6,7 @@
 | SCORE_KERNELS_SCRATCH_MB | MiB of states that backward may keep for recomputation, in all | 64 on a CPU, 512 on a GPU |
 | TRITON_INTERPRET | Triton's own: 1 runs the Triton kernels on a CPU, slowly, to check them | 0 |
 | SCORE_KERNELS_DATA | folder where the examples find their data sets | none |
+| XDG_CACHE_HOME | everybody's: in its folder `score_kernels` is what `doctor --verify` found | ~/.cache |
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ def scratch_budget(device: str) -> int:
     if not 0 < megabytes < math.inf:
         raise ValueError(f"SCORE_KERNELS_SCRATCH_MB: expected a positive number of MiB, got {text!r}")
     return int(megabytes * 2**20)
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "score_kernels"
 
 
 def data_folder() -> Path | None:

@@ -11,8 +11,12 @@ update or the solver. The table is affine in dt, so its gradient reaches a learn
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from .devices import capturing
 
 COLUMNS = ("p", "q", "v", "w", "e")
 
@@ -60,6 +64,14 @@ def coefficient_table(
 
     dt: a number, a tensor of shape () or (T,), or None for the update's default. `replace` takes None only.
     """
+    if isinstance(dt, Tensor) or torch.compiler.is_compiling():
+        return _table(dt, iterations, update, solver, dtype, device)
+    return _kept((_table, dt, iterations, update, solver), dtype, device)
+
+
+def _table(
+    dt: float | Tensor | None, iterations: int, update: str, solver: str, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     if update == "replace":
         return _constant(REPLACE, dtype, device).expand(iterations, -1, -1).contiguous()
     decay, default = UPDATES[update]
@@ -72,18 +84,26 @@ def coefficient_table(
 
 
 def _constant(rows: tuple[Stage, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # On a GPU a constant is copied once and kept, so that a call under CUDA-graph capture copies nothing.
-    if device.type == "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return torch.tensor(rows, dtype=dtype, device=device)
-    key = (rows, dtype, device)
-    if key not in _CONSTANTS:
-        with torch.inference_mode(False):
-            constant = torch.tensor(rows, dtype=dtype, device=device)
-        # A mode that fakes tensors is on: what it makes is of no use outside it.
-        if type(constant) is not Tensor:
-            return constant
-        _CONSTANTS[key] = constant
-    return _CONSTANTS[key]
+    return _kept((torch.tensor, rows), dtype, device)
 
 
-_CONSTANTS: dict[tuple[tuple[Stage, ...], torch.dtype, torch.device], Tensor] = {}
+def _kept(call: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What `call` makes, a function and its arguments: made once and kept, so that a later call launches and copies nothing."""
+    key = (call, dtype, device)
+    if key in _KEPT:
+        return _KEPT[key]
+    function, *given = call
+    with torch.inference_mode(False):
+        made: Tensor = function(*given, dtype=dtype, device=device)
+    # Not where a CUDA graph records, whose memory it is, nor from a mode that fakes tensors. Dropped never: graphs may read it.
+    if type(made) is Tensor and not capturing(device) and len(_KEPT) < MOST_KEPT:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # calls on other streams read it as well
+        _KEPT[key] = made
+    return made
+
+
+MOST_KEPT = 1024
+_KEPT: dict[Any, Tensor] = {}

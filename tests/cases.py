@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,9 @@ from torch import Tensor
 from score_kernels import functional as SF
 from score_kernels import ops
 from score_kernels.activations import ACTIVATIONS
+from score_kernels.problem import SHAPES, extent
 from score_kernels.stages import SOLVERS
+from score_kernels.transformer_arguments import nested
 
 F64 = torch.float64
 
@@ -38,23 +41,44 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "grad_iterations": (None, 1, 2, 100),
     "trajectory": ("none", "return", "save"),
     "layout": ("rows", "batch", "transposed", "vector"),
+    "heads": (2, 1, 4),
+    "causal": (False, True),
+    "mask": ("none", "padding", "boolean", "additive", "of sequences", "of heads", "padding additive"),
+    "scale": (None, 0.7),
+    "rotary": ("none", "base", "tables"),
+    "qk_norm": (False, True),
+    "sequences": ("dense", "packed"),
+    "placement": ("pre", "post"),
 }
 
-MLP_ONLY = {"gate": ("gate", "gate bias"), "bias": ("first", "last")}
+# The ops whose rows are sequences.
+SEQUENCES = ("attention", "transformer")
+
+# Options, and values of options, that only some ops have.
+ONLY: dict[str, tuple[str, ...]] = {
+    "activation": ("linear", "mlp", "transformer"),
+    "gate": ("mlp", "transformer"),
+    **dict.fromkeys(("heads", "causal", "mask", "scale", "rotary", "qk_norm", "sequences"), SEQUENCES),
+    "placement": ("transformer",),
+}
+TWO_BIASES = {"bias": ("first", "last")}
 
 
 def values(op: str) -> dict[str, tuple[Any, ...]]:
     """The options of an op with their values."""
     return {
-        name: tuple(v for v in known if op == "mlp" or v not in MLP_ONLY.get(name, ()))
+        name: tuple(v for v in known if op != "linear" or v not in TWO_BIASES.get(name, ()))
         for name, known in OPTIONS.items()
-        if op == "mlp" or name != "gate"
+        if op in ONLY.get(name, (op,))
     }
 
 
 @dataclasses.dataclass
 class Case:
-    """A call of `score_<op>` with `arguments`, and the tensors in them that gradients are taken of, by name."""
+    """A call of `score_<op>` with `arguments`, and the tensors in them that gradients are taken of, by name.
+
+    A transformer's parameters are arguments by their flat names, as for the oracle.
+    """
 
     op: str
     arguments: dict[str, Any]
@@ -65,16 +89,25 @@ def build(
     op: str,
     *,
     rows: int = 11,
-    features: int = 5,
+    features: int | None = None,
     hidden: int = 7,
     iterations: int = 5,
     dtype: torch.dtype = F64,
     seed: int = 0,
-    gain: float = 0.7,
+    gain: float | None = None,
     device: str = "cpu",
     **choices: Any,
 ) -> Case:
-    """A random problem; `choices` are values of OPTIONS. gain: of the weights; a product keeps the size of its input at 1."""
+    """A random problem; `choices` are values of OPTIONS. gain: of the weights; a product keeps the size of its input at 1.
+
+    By default 0.7; less for a transformer, whose state grows by residuals of its own.
+
+    The rows of ops on sequences are sequences of 3, or packed ones, or one where the layout is "vector".
+    """
+    if features is None:
+        features = 8 if op in SEQUENCES else 5
+    if gain is None:
+        gain = 0.5 if op == "transformer" else 0.7
     chosen = {name: known[0] for name, known in OPTIONS.items()} | choices
     unknown = set(chosen) - set(OPTIONS)
     assert not unknown, f"no such option: {unknown}"
@@ -87,18 +120,25 @@ def build(
         leaves[name] = drawn.to(device, dtype)
         return leaves[name]
 
+    batch = {"batch": (-(-rows // 2), 2), "vector": ()}.get(chosen["layout"], (rows,))
+    if op in SEQUENCES:
+        third = -(-rows // 3)
+        dense = {"batch": (2, -(-third // 2), 3), "vector": (rows,)}.get(chosen["layout"], (third, 3))
+        packed = (2, -(-rows // 2)) if chosen["layout"] == "batch" else (rows,)
+        batch = dense if chosen["sequences"] == "dense" else packed
+
     def state(name: str) -> Tensor:
-        shapes = {"batch": (-(-rows // 2), 2, features), "transposed": (features, rows), "vector": (features,)}
-        x = leaf(name, *shapes.get(chosen["layout"], (rows, features)))
-        if chosen["layout"] == "transposed":
-            x = leaves[name] = x.t()
-        return x
+        if chosen["layout"] != "transposed":
+            return leaf(name, *batch, features)
+        x = leaf(name, features, *reversed(batch))
+        leaves[name] = x.permute(*reversed(range(x.dim())))
+        return leaves[name]
 
     kind, _, form = chosen["sets"].partition(" ")
     count = max(iterations, 1) if kind == "T" else min(int(kind), max(iterations, 1))
 
     def parameter(name: str, *shape: int, scale: float, shift: float = 0.0) -> Tensor | list[Tensor]:
-        group = "norm" if name.startswith("norm") else "weights" if name.startswith("w") else "biases"
+        group = "norm" if "norm" in name else "weights" if name.startswith("w") else "biases"
         if count == 1 or chosen["shared"] == group:
             return leaf(name, *shape, scale=scale, shift=shift)
         if form == "stacked":
@@ -114,24 +154,37 @@ def build(
 
     arguments: dict[str, Any] = {"h": state("h")}
     width = {"D": features, "H": hidden}
-    shapes = {"weight": "DD", "bias": "D"} if op == "linear" else {"w1": "HD", "b1": "H", "w2": "DH", "b2": "D"}
+    blocks: dict[str, dict[str, Sequence[str]]] = {
+        "linear": {"weight": "DD", "bias": "D"},
+        "mlp": {"w1": "HD", "b1": "H", "w2": "DH", "b2": "D"},
+        "attention": {"w_qkv": ("3D", "D"), "b_qkv": ("3D",), "w_out": "DD", "b_out": "D"},
+    }
+    blocks["transformer"] = blocks["attention"] | blocks["mlp"]
+    shapes = blocks[op]
     shapes |= {"none": {}, "gate": {"w_gate": "HD"}, "gate bias": {"w_gate": "HD", "b_gate": "H"}}[chosen["gate"]]
-    absent = {"all": (), "none": ("bias", "b1", "b2"), "first": ("b2",), "last": ("b1",)}[chosen["bias"]]
+    first, last = ("bias", "b1", "b_qkv"), ("bias", "b2", "b_out")
+    absent = {"all": (), "none": (*first, *last), "first": last, "last": first}[chosen["bias"]]
     for name, dims in shapes.items():
         scale = gain / width[dims[-1]] ** 0.5 if name.startswith("w") else 0.3
-        arguments[name] = None if name in absent else parameter(name, *(width[d] for d in dims), scale=scale)
+        arguments[name] = None if name in absent else parameter(name, *(extent(d, width) for d in dims), scale=scale)
     norm, *learned = chosen["norm"].split()
-    if "gain" in learned:
-        arguments["norm_weight"] = parameter("norm_weight", features, scale=0.2, shift=1.0)
-    if "bias" in learned:
-        arguments["norm_bias"] = parameter("norm_bias", features, scale=0.2)
+    for half in ("attention_", "mlp_") if op == "transformer" else ("",):
+        if "gain" in learned:
+            arguments[f"{half}norm_weight"] = parameter(f"{half}norm_weight", features, scale=0.2, shift=1.0)
+        if "bias" in learned:
+            arguments[f"{half}norm_bias"] = parameter(f"{half}norm_bias", features, scale=0.2)
     if chosen["x0"] != "none":
         arguments |= {"x0": state("x0"), "x0_scale": factor("x0_scale", chosen["x0"], 0.7)}
-    arguments |= {name: chosen[name] for name in ("activation", "update", "solver", "order", "grad_iterations")}
+    arguments |= {name: chosen[name] for name in ("update", "solver", "order", "grad_iterations")}
+    if op in ONLY["heads"]:
+        arguments |= attention_inputs(chosen, batch, features, dtype, generator, device)
+    if op in ONLY["activation"]:
+        arguments |= {"activation": chosen["activation"], "negative_slope": 0.2}
+    if op == "transformer":
+        arguments["norm_placement"] = chosen["placement"]
     arguments |= {
         "norm": None if norm == "none" else norm,
         "eps": 1e-2,  # large enough to be missed
-        "negative_slope": 0.2,
         "iterations": iterations,
         "dt": factor("dt", chosen["dt"], 0.4),
         "state_scale": factor("state_scale", chosen["state_scale"], 0.9),
@@ -143,11 +196,61 @@ def build(
     return Case(op, arguments, leaves)
 
 
+def attention_inputs(
+    chosen: Mapping[str, Any], batch: Sequence[int], features: int, dtype: torch.dtype, generator: torch.Generator, device: str
+) -> dict[str, Any]:
+    """The arguments that only attention takes, for a state (*batch, features). Some rows of the masks let nothing through."""
+    heads = chosen["heads"] if features % (2 * chosen["heads"]) == 0 else 1
+    given = {"num_heads": heads, "causal": chosen["causal"], "scale": chosen["scale"], "qk_norm": chosen["qk_norm"]}
+    *sequences, tokens = batch
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=F64)
+
+    if "padding" in chosen["mask"]:
+        given["key_padding_mask"] = drawn(*sequences, tokens) > 0.7
+        if sequences and sequences[0] > 1:
+            given["key_padding_mask"][0] = True
+    shapes = {"of sequences": (*sequences, 1, tokens, tokens), "of heads": (heads, tokens, tokens)}
+    shape = shapes.get(chosen["mask"], (tokens, tokens))
+    if chosen["mask"] in ("boolean", "of sequences"):
+        given["attn_mask"] = drawn(*shape) > -0.5
+        given["attn_mask"][..., :1, :] = False
+    elif chosen["mask"] not in ("none", "padding"):
+        given["attn_mask"] = drawn(*shape)
+        given["attn_mask"][drawn(*shape) > 0.8] = -torch.inf
+        given["attn_mask"][drawn(*shape) > 1.2] = torch.finfo(dtype).min
+        given["attn_mask"][..., :1, :] = -torch.inf
+        given["attn_mask"] = given["attn_mask"].to(dtype)
+    if chosen["sequences"] == "packed":
+        lengths = [3, 0, 1, 3, 4, 0]
+        while sum(lengths) < tokens:
+            lengths += lengths
+        offsets = torch.tensor([0, *itertools.accumulate(lengths)]).clamp(max=tokens)
+        given["cu_seqlens"] = torch.cat([offsets, offsets[-1:]]).to(torch.int32)
+    width = features // heads // 2
+    if chosen["rotary"] == "base" and width and features // heads % 2 == 0:
+        given["rotary"] = 30.0
+    elif chosen["rotary"] != "none" and width:
+        # No rotation: of another length too.
+        positions = 4 if chosen["sequences"] == "packed" else tokens
+        tables = [drawn(positions + 1, max(width - 1, 1)) for _ in range(2)]
+        given["rotary"] = tuple(table.to(device, F64 if dtype == F64 else torch.float32) for table in tables)
+    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
+
+
 def call(case: Case, backend: str) -> Tensor:
     """The output on a backend, or of the textbook oracle."""
     if backend == "oracle":
         return oracle.score(case.op, **case.arguments)
-    return getattr(SF, f"score_{case.op}")(**case.arguments, backend=backend)
+    return getattr(SF, f"score_{case.op}")(**public(case.op, case.arguments), backend=backend)
+
+
+def public(op: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with parameters by their flat names as `score_<op>` takes them."""
+    if op != "transformer":
+        return dict(arguments)
+    return {name: x for name, x in arguments.items() if name not in SHAPES[op]} | nested(arguments)
 
 
 def cotangent(like: Tensor, seed: int = 1) -> Tensor:
@@ -241,10 +344,10 @@ def planned(**fields: int) -> Iterator[None]:
 
 
 def legal(choices: Mapping[str, Any]) -> bool:
-    """`replace` has no dt and no solver."""
-    return choices.get("update") != "replace" or (
-        choices.get("solver", "euler") == "euler" and choices.get("dt", "default") == "default"
-    )
+    """`replace` has no dt and no solver; packed sequences have no masks."""
+    stack = choices.get("solver", "euler") == "euler" and choices.get("dt", "default") == "default"
+    unmasked = choices.get("mask", "none") == "none"
+    return (choices.get("update") != "replace" or stack) and (choices.get("sequences") != "packed" or unmasked)
 
 
 def single(op: str) -> list[dict[str, Any]]:

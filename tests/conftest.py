@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-pytest.register_assert_rewrite("cases", "row_wise", "kernels", "stacks")
+pytest.register_assert_rewrite("cases", "row_wise", "kernels", "sequence_kernels", "stacks", "emulation")
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -17,6 +17,8 @@ if not GPU:
     importlib.import_module("triton")
 
 torch.set_num_threads(1)
+# torch.compile compiles in the test's process: a pool of its own has more to wait for than it saves here.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 # A machine with a GPU need not have it: the tests that need it are not run there.
 if find_spec("hypothesis"):
@@ -35,3 +37,9 @@ def pytest_collection_modifyitems(items):
 def plain_machine(monkeypatch):
     """As a user's machine with no GPU: nothing interprets the Triton kernels."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture(scope="session")
+def emulate():
+    """The CUDA kernels' own code, for a CPU: the functions of tests/cuda/emulation.cpp."""
+    return importlib.import_module("emulation").library()

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from cases import SEQUENCES, public
+from row_wise import split
 from torch import Tensor
 
 from score_kernels import arguments, blas
 from score_kernels import functional as SF
-from score_kernels.problem import LEADING, SHAPES
+from score_kernels.problem import HALVES, LEADING, SHAPES, extent
 
 D, H = 8, 12
 
@@ -25,23 +27,35 @@ def parameters(op: str, *, gated: bool = False, dtype: torch.dtype = torch.float
     sizes = {"D": D, "H": H}
     found = {}
     for seed, (name, dims) in enumerate(SHAPES[op].items()):
-        if not name.startswith("norm_") and (gated or not name.endswith("_gate")):
-            found[name] = draw(*(sizes[d] for d in dims), dtype=dtype, seed=seed).requires_grad_(grad)
+        if "norm" not in name and (gated or not name.endswith("_gate")):
+            found[name] = draw(*(extent(d, sizes) for d in dims), dtype=dtype, seed=seed).requires_grad_(grad)
     return found
+
+
+def taken(op: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options for this op: those on sequences have heads, attention no activation, a transformer two norms."""
+    heads = {"num_heads": 2} if op in SEQUENCES else {}
+    if op == "transformer":
+        norms = {name: options[name] for name in ("norm_weight", "norm_bias") if name in options}
+        options = {name: value for name, value in options.items() if name not in norms}
+        options |= {f"{half}_{name}": x for half in HALVES for name, x in norms.items()}
+    return {**heads, **{name: value for name, value in options.items() if (op, name) != ("attention", "activation")}}
 
 
 def call(op: str, h: Tensor, given: dict[str, Any], **options: Any) -> Tensor:
     """`score_<op>` with its parameters by name."""
-    return getattr(SF, f"score_{op}")(h, **given, **{"iterations": 3, **options})
+    return getattr(SF, f"score_{op}")(h, **public(op, {**given, "iterations": 3, **taken(op, options)}))
 
 
 def flat(
     op: str, h: Tensor, given: dict[str, Any], *, grad: bool = False, iterations: int = 2, **options: Any
 ) -> tuple[Any, ...]:
     """The arguments of `torch.ops.score_kernels.<op>`: leading tensors, the list of parameters, options; all tensors leaves."""
-    checked = arguments.check(op, h, given, iterations, **{"activation": "silu", **options})
-    leaves = [None if x is None else x.detach().requires_grad_(grad) for x in checked.tensors]
-    return (*leaves[:LEADING], leaves[LEADING:], *checked.options)
+    options = {"iterations": iterations, **taken(op, {"activation": "silu", **options})}
+    checked = arguments.check(op, **split(op, {"h": h, **given, **options}))
+    parameters = LEADING + sum(checked.options.counts[: len(SHAPES[op])])
+    leaves = [None if x is None else x.detach().requires_grad_(grad and i < parameters) for i, x in enumerate(checked.tensors)]
+    return (*leaves[:LEADING], leaves[LEADING:], *checked.options.of(op))
 
 
 def equal_gradients(found: list[Tensor | None], expected: list[Tensor | None], **tolerance: float) -> None:

@@ -18,6 +18,17 @@ BLOCKS = {
     "mlp": ("mlp", {"activation": "gelu"}, 1.0),
     "mlp layernorm": ("mlp", {"activation": "gelu_tanh", "norm": "layernorm gain bias"}, 1.0),
     "mlp relu": ("mlp", {"activation": "relu", "norm": "rmsnorm gain"}, 1.0),
+    "attention": ("attention", {"norm": "rmsnorm gain", "causal": True, "qk_norm": True, "layout": "vector"}, 1.0),
+    "transformer": (
+        "transformer",
+        {"activation": "silu", "norm": "rmsnorm gain", "gate": "gate", "causal": True, "layout": "vector"},
+        0.7,
+    ),
+    "transformer post": (
+        "transformer",
+        {"norm": "layernorm gain bias", "placement": "post", "layout": "vector"},
+        0.7,
+    ),
     "gated rmsnorm": ("mlp", {"activation": "silu", "norm": "rmsnorm gain", "gate": "gate bias"}, 0.7),
 }
 
@@ -25,31 +36,60 @@ BLOCKS = {
 REPLACE_BOUND = 1.02
 
 
-def eager(op, h, *, iterations, dt, update, activation, negative_slope, norm, eps, **p):
+def eager(
+    op, h, *, iterations, dt, update, norm, eps, activation="identity", negative_slope=0, num_heads=1, causal=False,
+    qk_norm=False, norm_placement="pre", **p,
+):  # fmt: skip
     """What one writes without this package: every operation in the dtype of h."""
-    act = oracle.ACTIVATIONS[activation]
+
+    def act(a):
+        return oracle.ACTIVATIONS[activation](a, negative_slope)
+
+    def normed(y, of=""):
+        gain, bias = p.get(f"{of}norm_weight"), p.get(f"{of}norm_bias")
+        if norm is None:
+            return y
+        return F.rms_norm(y, y.shape[-1:], gain, eps) if norm == "rmsnorm" else F.layer_norm(y, y.shape[-1:], gain, bias, eps)
+
+    def attend(n):
+        qkv = F.linear(n, p["w_qkv"], p["b_qkv"])
+        q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(-3, -2) for x in qkv.chunk(3, -1))
+        if qk_norm:
+            q, k = (F.rms_norm(x, (x.shape[-1],), eps=eps) for x in (q, k))
+        u = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=causal)[0]
+        return F.linear(u.transpose(-3, -2).flatten(-2), p["w_out"], p["b_out"])
+
+    def feed_forward(n):
+        u, gate = F.linear(n, p["w1"], p["b1"]), p.get("w_gate")
+        return F.linear(act(u) if gate is None else act(F.linear(n, gate, p.get("b_gate"))) * u, p["w2"], p["b2"])
+
+    def transformer(y):
+        if norm_placement == "pre":
+            y = y + attend(normed(y, "attention_"))
+            return y + feed_forward(normed(y, "mlp_"))
+        y = normed(y + attend(y), "attention_")
+        return normed(y + feed_forward(y), "mlp_")
+
+    block = {
+        "linear": lambda y: act(F.linear(normed(y), p["weight"], p["bias"])),
+        "mlp": lambda y: feed_forward(normed(y)),
+        "attention": lambda y: attend(normed(y)),
+        "transformer": transformer,
+    }[op]
     for _ in range(iterations):
-        n = h
-        if norm == "layernorm":
-            n = F.layer_norm(h, (h.shape[-1],), p.get("norm_weight"), p.get("norm_bias"), eps)
-        elif norm == "rmsnorm":
-            n = F.rms_norm(h, (h.shape[-1],), p.get("norm_weight"), eps)
-        if op == "linear":
-            f = act(F.linear(n, p["weight"], p["bias"]), negative_slope)
-        else:
-            u = F.linear(n, p["w1"], p["b1"])
-            gate = p.get("w_gate")
-            u = act(u, negative_slope) if gate is None else act(F.linear(n, gate, p["b_gate"]), negative_slope) * u
-            f = F.linear(u, p["w2"], p["b2"])
+        f = block(h)
         h = f if update == "replace" else torch.lerp(h, f, dt) if update == "contractive" else torch.add(h, f, alpha=dt)
     return h
 
 
-EAGER_TAKES = ("iterations", "dt", "update", "activation", "negative_slope", "norm", "eps")
+EAGER_TAKES = (
+    "iterations", "dt", "update", "activation", "negative_slope", "norm", "eps", "num_heads", "causal", "qk_norm",
+    "norm_placement",
+)  # fmt: skip
 
 
 def eager_of(case):
-    options = {name: case.arguments[name] for name in EAGER_TAKES}
+    options = {name: case.arguments[name] for name in EAGER_TAKES if name in case.arguments}
     return eager(case.op, **case.leaves, **options)
 
 

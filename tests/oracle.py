@@ -51,7 +51,7 @@ def score(
     *,
     iterations: int,
     dt: float | Tensor | None = None,
-    activation: str,
+    activation: str = "identity",
     negative_slope: float = 0.01,
     norm: str | None = None,
     eps: float = 1e-5,
@@ -64,25 +64,37 @@ def score(
     grad_iterations: int | None = None,
     return_trajectory: bool = False,
     save_trajectory: bool = False,
+    norm_placement: str = "pre",
     **parameters: Tensor | list[Tensor] | None,
 ) -> Tensor:
     """h_T (..., D), or (h_0, ..., h_T) stacked. `save_trajectory` changes no number."""
+    heads = {name: parameters.pop(name) for name in ATTENTION if name in parameters}
     sets = [len(value) for name, value in parameters.items() if has_sets(name, value)]
     count = max(sets, default=1)
 
     def block(y: Tensor, t: int) -> Tensor:
         index = (t * count) // iterations if order == "consecutive" else t % count
         p = {name: value[index] if has_sets(name, value) else only(value) for name, value in parameters.items()}
-        n = normalise(y, norm, p.get("norm_weight"), p.get("norm_bias"), eps)
-        act = ACTIVATIONS[activation]
+
+        def normed(y: Tensor, of: str = "") -> Tensor:
+            return normalise(y, norm, p.get(f"{of}norm_weight"), p.get(f"{of}norm_bias"), eps)
+
+        def attend(n: Tensor) -> Tensor:
+            return attention(n, p, eps=eps, **heads)
+
+        def feed_forward(n: Tensor) -> Tensor:
+            return mlp(n, p, lambda a: ACTIVATIONS[activation](a, negative_slope))
+
+        if op == "transformer" and norm_placement == "pre":
+            y = y + attend(normed(y, "attention_"))
+            return y + feed_forward(normed(y, "mlp_"))
+        if op == "transformer":
+            y = normed(y + attend(y), "attention_")
+            return normed(y + feed_forward(y), "mlp_")
+        n = normed(y)
         if op == "linear":
-            return act(F.linear(n, p["weight"], p.get("bias")), negative_slope)
-        u = F.linear(n, p["w1"], p.get("b1"))
-        if p.get("w_gate") is None:
-            u = act(u, negative_slope)
-        else:
-            u = act(F.linear(n, p["w_gate"], p.get("b_gate")), negative_slope) * u
-        return F.linear(u, p["w2"], p.get("b2"))
+            return ACTIVATIONS[activation](F.linear(n, p["weight"], p.get("bias")), negative_slope)
+        return attend(n) if op == "attention" else feed_forward(n)
 
     first = 0 if grad_iterations is None else max(0, iterations - grad_iterations)
     states = [h]
@@ -112,6 +124,83 @@ def runge_kutta(tableau: Tableau, k: Callable[[Tensor], Tensor], z: Tensor, dt: 
     for row in tableau.a:
         slopes.append(k(z + dt * sum(a * slope for a, slope in zip(row, slopes, strict=True))))
     return z + dt * sum(b * slope for b, slope in zip(tableau.b, slopes, strict=True))
+
+
+def mlp(n: Tensor, p: dict[str, Tensor | None], act: Callable[[Tensor], Tensor]) -> Tensor:
+    u = F.linear(n, p["w1"], p.get("b1"))
+    u = act(u) if p.get("w_gate") is None else act(F.linear(n, p["w_gate"], p.get("b_gate"))) * u
+    return F.linear(u, p["w2"], p.get("b2"))
+
+
+# The arguments that only attention, and a transformer with it, takes.
+ATTENTION = (
+    "num_heads", "causal", "key_padding_mask", "attn_mask", "scale", "rotary", "qk_norm", "cu_seqlens", "max_seqlen",
+)  # fmt: skip
+
+
+def attention(
+    n: Tensor,
+    p: dict[str, Tensor | None],
+    *,
+    eps: float,
+    num_heads: int,
+    causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    rotary: float | tuple[Tensor, Tensor] | None = None,
+    qk_norm: bool = False,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """Head by head, and packed sequences one by one."""
+    if cu_seqlens is not None:
+        same = {"eps": eps, "num_heads": num_heads, "causal": causal, "scale": scale, "rotary": rotary, "qk_norm": qk_norm}
+        return torch.cat([attention(x, p, **same) for x in n.split(cu_seqlens.diff().tolist(), dim=-2)], dim=-2)
+    tokens, features = n.shape[-2], n.shape[-1] // num_heads
+    allowed = torch.ones(*n.shape[:-2], num_heads, tokens, tokens, dtype=torch.bool, device=n.device)
+    added = torch.zeros((), dtype=n.dtype, device=n.device)
+    if causal:
+        allowed = allowed.tril()
+    if key_padding_mask is not None:
+        allowed = allowed & ~key_padding_mask[..., None, None, :]
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        allowed = allowed & attn_mask
+    elif attn_mask is not None:
+        allowed = allowed & (attn_mask != -torch.inf)
+        # Less the largest that takes part, which changes no weight: in floating point a -1e30 in all of a row hides the scores.
+        added = torch.where(allowed, attn_mask, -torch.inf)
+        added = torch.where(allowed, added - added.amax(-1, keepdim=True), 0)
+    bias = p.get("b_qkv")
+    outs = []
+    for head in range(num_heads):
+        rows = [slice(i * n.shape[-1] + head * features, i * n.shape[-1] + (head + 1) * features) for i in range(3)]
+        q, k, v = (F.linear(n, p["w_qkv"][r], None if bias is None else bias[r]) for r in rows)
+        if qk_norm:
+            q, k = (F.rms_norm(x, (features,), eps=eps) for x in (q, k))
+        if rotary is not None:
+            q, k = (rotated(x, rotary) for x in (q, k))
+        scores = (q @ k.mT) * (1 / features**0.5 if scale is None else scale)
+        of_head = allowed[..., head, :, :]
+        scores = scores + (added if added.dim() == 0 else added[..., head, :, :])
+        some = of_head.any(-1, keepdim=True)
+        weights = torch.softmax(torch.where(of_head | ~some, scores, -torch.inf), -1)
+        outs.append(torch.where(some, weights @ v, 0))
+    return F.linear(torch.cat(outs, -1), p["w_out"], p.get("b_out"))
+
+
+def rotated(x: Tensor, rotary: float | tuple[Tensor, Tensor]) -> Tensor:
+    """Every position's features i and R + i, as a complex number, times exp(i angle)."""
+    tokens, features = x.shape[-2:]
+    if isinstance(rotary, tuple):
+        turn = torch.complex(*(table[:tokens].to(x.dtype) for table in rotary))
+    else:
+        powers = torch.arange(features // 2, dtype=x.dtype) * 2 / features
+        angles = torch.arange(tokens, dtype=x.dtype)[:, None] / rotary**powers
+        turn = torch.exp(1j * angles).to(x.device)
+    width = turn.shape[-1]
+    turned = torch.complex(x[..., :width], x[..., width : 2 * width]) * turn
+    return torch.cat([turned.real, turned.imag, x[..., 2 * width :]], -1)
 
 
 def normalise(y: Tensor, norm: str | None, gain: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The tests that every row-wise op passes: `class TestMLP(RowWise): op = "mlp"`.
+"""The tests that every op passes: `class TestMLP(RowWise): op = "mlp"`.
 
 Values and gradients in float64 against the textbook oracle, for `reference` and for `blas`, whose tiles are made so small that
 every problem has several of them, the last one ragged.
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import importlib
 import zlib
+from functools import partial
 from itertools import combinations
 
 import cases
+import oracle
 import pytest
 import torch
 from cases import assert_close, assert_same_bits, build, gradients, planned
 
-from score_kernels import arguments, autograd, ops, planner, reference
-from score_kernels.problem import SHAPES, Problem
+from score_kernels import arguments, attention_arguments, autograd, ops, reference, row_tiles, transformer_arguments
+from score_kernels.problem import LEADING, SHAPES, Problem
 
 BACKENDS = ("reference", "blas")
 
@@ -24,16 +26,30 @@ BACKENDS = ("reference", "blas")
 EVERYTHING = {
     "linear": {"norm": "layernorm gain bias"},
     "mlp": {"norm": "layernorm gain bias", "gate": "gate bias"},
-}
+    "attention": {
+        "norm": "layernorm gain bias", "mask": "padding additive", "causal": True, "rotary": "tables", "qk_norm": True,
+    },
+    "transformer": {
+        "norm": "layernorm gain bias", "gate": "gate bias", "mask": "padding additive", "causal": True, "rotary": "tables",
+        "qk_norm": True, "placement": "post",
+    },
+}  # fmt: skip
+# The ops that there are kernels for.
+ROW_WISE = ("linear", "mlp")
 COEFFICIENTS = {"dt": "vector", "x0": "vector", "state_scale": "vector"}
+# Who checks what only an op takes.
+OWN = {"attention": attention_arguments.check, "transformer": transformer_arguments.check}
 
 
 class RowWise:
+    """alone: every option on its own too, which tells what fails; each value is in the pairs as well."""
+
     op: str
+    alone = True
 
     def pytest_generate_tests(self, metafunc):
         if "choices" in metafunc.fixturenames:
-            cover = [*cases.single(self.op), *cases.pairwise(self.op)]
+            cover = [*(cases.single(self.op) if self.alone else ()), *cases.pairwise(self.op)]
             metafunc.parametrize("choices", cover, ids=cases.label)
 
     def everything(self, **choices):
@@ -56,11 +72,11 @@ class RowWise:
             assert_close(cases.second_gradients(case, "blas"), expected)
 
     def test_several_tiles_as_planned(self):
-        case = self.everything(rows=2 * planner.CPU_ROWS[1] + 3, features=3, hidden=5, iterations=9)
+        case = self.everything(rows=2 * row_tiles.CPU_ROWS[1] + 3, features=3, hidden=5, iterations=9)
         with ops.observe_plans() as plans:
             found = gradients(case, "blas")
         assert plans
-        assert plans[0].backward_rows <= plans[0].rows < case.arguments["h"].shape[0]
+        assert plans[0].backward_rows <= plans[0].rows < case.arguments["h"][..., 0].numel()
         assert_close(found, gradients(case, "oracle"))
 
     @pytest.mark.parametrize("backend", BACKENDS)
@@ -80,7 +96,8 @@ class RowWise:
             names = list(case.leaves)
             with planned(rows=4, backward_rows=4, interval=2):
                 full = gradients(case, "blas")
-                sizes = range(len(names) + 1) if len(names) <= 8 else (0, 1, 2, len(names) - 2, len(names) - 1)
+                few = (0, 1, len(names) - 1) if len(names) > 16 else (0, 1, 2, len(names) - 2, len(names) - 1)
+                sizes = range(len(names) + 1) if len(names) <= 8 else few
                 for wanted in (subset for size in sizes for subset in combinations(names, size)):
                     found = gradients(case, "blas", wanted)
                     assert found.keys() == {"output", *wanted}
@@ -106,7 +123,7 @@ class RowWise:
     @pytest.mark.parametrize("extra", [{}, {"solver": "heun"}, {"trajectory": "return"}, {"norm": "rmsnorm gain"}], ids=str)
     def test_gradgradcheck(self, extra):
         case = self.everything(rows=2, features=2, hidden=2, iterations=2, activation="tanh", **extra)
-        names = [name for name in case.leaves if name in ("h", "x0", "weight", "w1", "w2", "w_gate", "dt")]
+        names = [name for name in case.leaves if name in ("h", "x0", "weight", "w1", "w2", "w_gate", "w_qkv", "dt")]
         assert torch.autograd.gradgradcheck(
             lambda *xs: cases.call(cases.substitute(case, xs, names), "blas"), [case.leaves[n] for n in names]
         )
@@ -116,8 +133,9 @@ class RowWise:
         """All five columns: dt reaches two of them only, so this takes the Function and its flat form."""
         case = self.everything(solver=solver)
         call = arguments.check(self.op, **split(self.op, case.arguments))
-        tensors = [None if x is None else x.detach().requires_grad_() for x in call.tensors]
-        given = [x for x in tensors if x is not None]
+        tensors = [None if x is None else x.detach() for x in call.tensors]
+        parameters = sum(call.options.counts[: len(SHAPES[self.op])])
+        given = [x.requires_grad_() for x in tensors[: LEADING + parameters] if x is not None]
         with planned(rows=4, backward_rows=4, interval=2):
             out, _ = autograd.FUNCTIONS[self.op].apply(call.options, *tensors)
             found = torch.autograd.grad(out, given, cases.cotangent(out))
@@ -167,14 +185,14 @@ class RowWise:
                 assert (a - b).norm() <= 8 * eps * b.norm(), name
 
 
-def random_shapes(op):
+def random_shapes(op, examples=80):
     """A class's `test_random_shapes`: one test function for each op, as hypothesis wants it."""
 
     # Imported here: tests of hardware take this module's data, and run where there is no hypothesis.
     hypothesis = importlib.import_module("hypothesis")
     st = importlib.import_module("hypothesis.strategies")
 
-    @hypothesis.settings(max_examples=80)
+    @hypothesis.settings(max_examples=examples)
     @hypothesis.given(data=st.data())
     def test(self, data):
         choices = data.draw(st.sampled_from(cases.pairwise(op)), "choices")
@@ -192,7 +210,10 @@ def random_shapes(op):
 def split(op, given):
     """Arguments of a public function as `arguments.check` takes them: weights and biases in one mapping."""
     inside = {name: given[name] for name in SHAPES[op] if name in given and not name.startswith("norm_")}
-    return {"parameters": inside, **{name: value for name, value in given.items() if name not in inside}}
+    rest = {name: value for name, value in given.items() if name not in inside}
+    if op in OWN:
+        rest["own"] = partial(OWN[op], **{n: rest.pop(n) for n in (*oracle.ATTENTION, "norm_placement") if n in rest})
+    return {"parameters": inside, **rest}
 
 
 def seed_of(choices):

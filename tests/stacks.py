@@ -82,6 +82,21 @@ MODELS = {
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
+def score_mlp():
+    return sk.ScoreMLP(16, 24, norm="layernorm", learn_dt="scalar", layers=2)
+
+
+def converted():
+    stack = nn.Sequential(*layers(3, 16, nn.SiLU, nn.RMSNorm))
+    sk.convert(stack)
+    return stack
+
+
+# Bodies (..., 16) -> (..., 16) of a model that has ends of its own, and what is fused of them.
+BODIES = {"ScoreMLP": (score_mlp, [("mlp", 4)]), "converted": (converted, [("linear", 3)])}
+every_body = pytest.mark.parametrize("name", BODIES)
+
+
 def build(name, dtype=torch.float32):
     torch.manual_seed(0)
     model, shape, _ = MODELS[name]

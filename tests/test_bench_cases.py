@@ -13,14 +13,13 @@ import torch.nn.functional as F
 from bench_rows import TIMES, TINY, peer, rows_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import environment, inputs, layout, peers
+from bench import attention_peers, environment, inputs, layout, peers
 from bench.cases import MODES, Case
 from bench.flops import flops, traffic
 from bench.precision import DTYPES, Precision
 from bench.providers import PROVIDERS, eager
 from bench.suites import SUITES, family
 from bench.targets import Absent, Problem
-from score_kernels import planner
 from score_kernels.activations import ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("plain_machine")
@@ -58,8 +57,9 @@ def test_family_is_the_product_of_its_lists():
 def test_every_case_is_right_on_eight_rows_by_every_provider():
     """Cases that differ in rows alone are one here."""
     ran = set()
-    for case in {replace(case, name="", source="", rows=8, modes=(), graph=False): case for case in CASES.values()}.values():
-        errors, reasons = errors_of(replace(case, rows=8), "forward", case.dtype)
+    small = [replace(case, rows=8, tokens=min(case.tokens, 4)) for case in CASES.values()]
+    for case in {replace(case, name="", source="", modes=(), graph=False): case for case in small}.values():
+        errors, reasons = errors_of(case, "forward", case.dtype)
         assert {"eager", "reference", "blas", "auto"} <= set(errors), (case.name, reasons)
         assert reasons.keys() >= {"checkpoint", "liger", "triton", "cuda"}, case.name
         assert max(errors.values()) <= 1, (case.name, errors)
@@ -67,10 +67,19 @@ def test_every_case_is_right_on_eight_rows_by_every_provider():
     assert ran >= {"torchdiffeq", "stack"}
 
 
+ATTENTION = {"op": "attention", "hidden": 16, "activation": "identity", "heads": 2, "tokens": 8}
+TRANSFORMER = {"op": "transformer", "heads": 2, "tokens": 8}
+# TRM's block.
+POST = {**TRANSFORMER, "norm_placement": "post", "norm": "rmsnorm", "gated": True, "bias": False, "activation": "silu"}
+
 # Changes to a case, and the peers that refuse it.
 VARIANTS = [
     ({"op": "linear", "activation": "leaky_relu", "norm": None, "hidden": 16}, set()),
     ({"gated": True, "norm": "rmsnorm", "bias": False, "activation": "silu"}, set()),
+    ({**ATTENTION, "causal": True, "bias": False, "norm": "rmsnorm"}, {"stack"}),
+    ({**ATTENTION, "solver": "heun", "dt": 0.25, "sets": 2, "iterations": 5}, {"stack", "torchdiffeq"}),
+    ({**TRANSFORMER, "causal": True}, {"stack"}),
+    ({**POST, "update": "replace", "dt": None, "sets": 2, "order": "cyclic", "grad_iterations": 2}, {"stack", "torchdiffeq"}),
     ({"solver": "midpoint"}, {"stack"}),
     ({"solver": "heun", "dt": 0.25}, {"stack"}),
     ({"solver": "ralston", "dt": 0.25}, {"stack", "torchdiffeq"}),
@@ -219,6 +228,41 @@ def test_liger_takes_the_place_of_the_gate(monkeypatch):
         assert "SwiGLU" in str(peers.no_swiglu(replace(case, **change), "training"))
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {}, {"causal": True, "bias": False, "activation": "relu"},
+        {"norm_placement": "post", "update": "residual", "solver": "heun"},
+        {"norm_placement": "post", "update": "replace", "dt": None, "sets": 2, "order": "cyclic", "grad_iterations": 2},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_loop_of_torch_s_encoder_layer_is_the_case(mode, change):
+    errors, _ = errors_of(replace(TINY, **TRANSFORMER, **change), mode, "float64", [PROVIDERS["encoder_layer"]])
+    assert errors["encoder_layer"] <= 1
+
+
+def test_cases_that_are_no_encoder_layer():
+    for change in ({**POST}, {**TRANSFORMER, "activation": "silu"}, {**TRANSFORMER, "norm": None}, ATTENTION, {}):
+        assert attention_peers.no_encoder_layer(replace(TINY, **change), "forward"), change
+    assert attention_peers.no_encoder_layer(replace(TINY, **TRANSFORMER), "forward") is None
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("change", [ATTENTION, {**TRANSFORMER, "causal": True}, POST], ids=["attention", "causal", "post"])
+def test_flex_attention_takes_the_place_of_sdpa(change):
+    case = replace(TINY, **change)
+    given = inputs.make(case, "forward", torch.float64, "cpu")
+    step = inputs.step(attention_peers.flexible(case), given, "forward")
+    assert inputs.relative_error(step.run(step.prepare()), inputs.reference(case, given, "forward")) < 1e-13
+    provider = PROVIDERS["flex_attention"]
+    assert provider.refuses(case, "forward", torch.float32, "cpu") is None
+    assert provider.refuses(case, "training", torch.float32, "cpu") == "its backward needs a GPU"
+    assert provider.refuses(case, "training", torch.float32, "cuda") is None
+    assert provider.refuses(TINY, "forward", torch.float32, "cuda") == "the case has no attention"
+
+
 def test_absent_providers_say_why():
     names = ("eager", "checkpoint", "torch_compile_graphs", "liger", "cuda", "triton")
     rows = rows_of(*(PROVIDERS[name] for name in names))
@@ -228,7 +272,7 @@ def test_absent_providers_say_why():
         "checkpoint": "it saves memory between forward and backward: without backward it is eager",
         "torch_compile_graphs": "it needs a GPU",
         "liger": "liger_kernel not installed: pip install liger-kernel",
-        "cuda": planner.MISSING["cuda"],
+        "cuda": "it needs a GPU",
         "triton": "it needs a GPU",
     }
     assert all(row[key] is None for row in rows.values() if row["status"] == "absent" for key in TIMES)
@@ -315,14 +359,17 @@ def test_layers_that_replace_their_state_have_a_tolerance_that_tells_right_from_
 
 
 def test_reference_in_parts_is_the_reference(monkeypatch):
-    given = inputs.make(TINY, "training", torch.float32, "cpu")
-    whole = inputs.reference(TINY, given, "training")
-    monkeypatch.setattr(inputs, "REFERENCE_ROWS", 7)
-    assert inputs.relative_error(inputs.reference(TINY, given, "training"), whole) < 1e-13
+    for case in (TINY, replace(TINY, **ATTENTION)):
+        given = inputs.make(case, "training", torch.float32, "cpu")
+        monkeypatch.setattr(inputs, "REFERENCE_ROWS", 1024)
+        whole = inputs.reference(case, given, "training")
+        for rows in (7, 17):
+            monkeypatch.setattr(inputs, "REFERENCE_ROWS", rows)
+            assert inputs.relative_error(inputs.reference(case, given, "training"), whole) < 1e-13
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("change", [change for change, _ in VARIANTS], ids=str)
+@pytest.mark.parametrize("change", [change for change, _ in VARIANTS if "tokens" not in change], ids=str)
 def test_flops_are_what_torch_counts(change, mode):
     case = replace(TINY, **change)
     step = inputs.step(eager(case), inputs.make(case, mode, torch.float32, "cpu"), mode)
@@ -341,6 +388,10 @@ def test_flops_of_every_kind_of_case_by_hand():
         "wide-768x3072-t4": ("forward", 2 * 262144 * 768 * 3072 * 2 * 4),
         "esol-m1024-heun": ("forward", 2 * 1024 * 128 * 128 * 2 * 4 * 2),
         "esol-m1024-rk4": ("forward", 2 * 1024 * 128 * 128 * 2 * 4 * 4),
+        "attention-64-tokens": ("training", 3 * 2 * 4096 * (4 * 128 * 128 + 2 * 64 * 128) * 8),
+        "attention-causal": ("forward", 2 * 8 * (256 * 4 * 384 * 384 + 2 * (256 * 257 // 2) * 384) * 6),
+        "transformer-molecules": ("forward", 2 * 2048 * (4 * 128 * 128 + 2 * 16 * 128 + 2 * 128 * 128) * 4),
+        "transformer-trm-m97": ("training", 2 * 97 * (4 * 512 * 512 + 2 * 97 * 512 + 3 * 512 * 1536) * (21 + 2 * 7)),
         "nanogpt-char": ("training", 3 * 2 * 16384 * 384 * 1536 * 2 * 6),
         "language-t4": ("forward", 2 * 32768 * 256 * 1024 * 2 * 4),
         "trm-m97": ("training", 2 * 97 * 512 * 1536 * 3 * (21 + 2 * 7)),

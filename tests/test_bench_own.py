@@ -22,6 +22,7 @@ from bench.run import measure, memory_step
 pytestmark = pytest.mark.usefixtures("plain_machine")
 
 SIZES = ["--op", "mlp", "--rows", "40", "--features", "16", "--hidden", "24", "--iterations", "3"]
+SEQUENCES = ["--op", "attention", "--rows", "40", "--features", "8", "--iterations", "2"]
 
 MODULE = """
 import torch
@@ -83,6 +84,12 @@ def test_flags_become_a_case():
     assert case.name.startswith("mlp-40x16x24-t3-activation=silu-norm=None-gated=True")
     assert own(*SIZES, "--update", "replace").dt is None
     assert own("--op", "linear", "--rows", "4", "--features", "8", "--iterations", "2").hidden == 8
+    case = own(*SEQUENCES, "--heads", "2", "--tokens", "10", "--causal")
+    assert (case.hidden, case.activation, case.batch) == (8, "identity", (4, 10))
+    assert {"heads": 2, "tokens": 10, "causal": True}.items() <= case.params.items()
+    case = own(*SIZES, "--op", "transformer", "--heads", "2", "--tokens", "10", "--norm-placement", "post")
+    assert (case.hidden, case.norm_placement, case.batch, case.params["heads"]) == (24, "post", (4, 10), 2)
+    assert not {"heads", "tokens", "causal"} & own(*SIZES).params.keys()
 
 
 @pytest.mark.parametrize(
@@ -91,6 +98,10 @@ def test_flags_become_a_case():
         (["--gated"], "needs --op, --rows, --features, --hidden, --iterations too"),
         ([*SIZES, "--op", "linear"], "--op linear: expected no --gated, and no --hidden"),
         ([*SIZES, "--rows", "0"], "--rows: expected 1 or more, got 0"),
+        ([*SIZES, "--op", "attention"], "--op attention: expected no --gated, and no --hidden"),
+        ([*SIZES, "--op", "transformer", "--tokens", "7"], "--tokens: expected a divisor of --rows"),
+        ([*SEQUENCES, "--tokens", "7"], "--tokens: expected a divisor of --rows"),
+        ([*SEQUENCES, "--tokens", "10", "--heads", "3"], "num_heads: expected a divisor of the number of features, 8, got 3"),
         ([*SIZES, "--sets", "0"], "--features, --hidden, --sets: expected 1 or more, got 16, 24, 0"),
         ([*SIZES, "--sets", "5"], "at most one set for each of the 3 iterations, got L = 5"),
         ([*SIZES, "--update", "replace", "--dt", "0.5"], "dt"),

@@ -257,6 +257,15 @@ def test_a_figure_has_a_mark_for_every_row():
     assert marks == 12 + 2
 
 
+def test_a_provider_has_one_mark_on_a_page(monkeypatch):
+    """A second result has fewer providers, and blas looks there as in the first."""
+    on_page = []
+    monkeypatch.setattr(figures, "plots", lambda made: on_page.append(made) or ())
+    page([compared(), result(row("a", "blas", times(1.0)))])
+    marks = [drawing.mark(made, "blas") for made in on_page]
+    assert marks == 2 * [(drawing.COLOURS[1], drawing.MARKERS[1])]
+
+
 def test_the_roof_is_what_was_measured():
     roofless, roofed = (figures.rooflines(made, made.rows) for made in (compared(), result(*compared().rows, rates=RATES)))
     assert "700 TFLOP/s in bfloat16 products, 3000 GB/s in copies" in roofed.caption

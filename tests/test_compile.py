@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import SEQUENCES
 from helpers_torch import D, H, call, draw, equal_gradients, parameters
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_leaves
@@ -53,14 +54,47 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("op", ["linear", "mlp"])
+# Attention's own: masks, a rotary embedding, packed sequences whose longest is told or found when the graph runs.
+OFFSETS = torch.tensor([0, 2, 2, 6])
+ATTENTION = {
+    "masks": {"key_padding_mask": draw(6) > 0.4, "attn_mask": draw(2, 6, 6), "causal": True},
+    "rotary": {"rotary": 10.0, "qk_norm": True, "scale": 0.3},
+    "packed": {"cu_seqlens": OFFSETS, "rotary": (draw(6, 2), draw(6, 2))},
+    "packed, longest given": {"cu_seqlens": OFFSETS, "max_seqlen": 4, "causal": True},
+    "packed, reference": {"cu_seqlens": OFFSETS, "backend": "reference"},
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "options"), [*(("attention", name) for name in ATTENTION), ("transformer", "masks"), ("transformer", "packed")]
+)
+def test_options_of_attention(op, options):
+    given = parameters(op, grad=True)
+    same_as_eager(lambda h, given: call(op, h, given, **ATTENTION[options]), state(), given)
+
+
+def test_offsets_are_checked_when_the_graph_runs():
+    given = parameters("attention")
+    run, _ = compiled(lambda h, offsets: call("attention", h, given, cu_seqlens=offsets))
+    torch.testing.assert_close(run(draw(6, D), OFFSETS), call("attention", draw(6, D), given, cu_seqlens=OFFSETS))
+    with pytest.raises(ValueError, match="cu_seqlens: expected offsets from 0 to the number of rows, 6"):
+        run(draw(6, D), OFFSETS + 1)
+
+
+@pytest.mark.parametrize(
+    ("op", "options"),
+    [
+        *((op, name) for op in ("linear", "mlp") for name in OPTIONS),
+        *((op, name) for op in SEQUENCES for name in ("trajectory", "truncated")),
+        *(("transformer", name) for name in ("norm", "replace", "reference")),
+    ],
+)
 def test_options(op, options):
     given = parameters(op, grad=True)
     same_as_eager(lambda h, given: call(op, h, given, **OPTIONS[options]), state(), given)
 
 
-@pytest.mark.parametrize("op", ["linear", "mlp"])
+@pytest.mark.parametrize("op", ["linear", "mlp", "attention", "transformer"])
 def test_learned_coefficients_and_injection(op):
     """A learned dt, x0 = h, learned scales: all of them inputs of the graph that want gradients."""
 
@@ -82,6 +116,8 @@ MODULES = {
     "linear": lambda: sk.ScoreLinear(D, layers=2, learn_dt="per_iteration", norm="rmsnorm"),
     "mlp": lambda: sk.ScoreMLP(D, H, learn_dt="scalar", norm="layernorm", solver="heun"),
     "gated": lambda: sk.ScoreMLP(D, H, gated=True, activation="silu", dt=torch.tensor(0.3)),
+    "attention": lambda: sk.ScoreAttention(D, 2, causal=True, rotary=10.0, learn_dt="scalar", norm="rmsnorm"),
+    "transformer": lambda: sk.ScoreTransformer(D, 2, H, layers=2, norm_placement="post", norm="layernorm", rotary=10.0),
 }
 
 

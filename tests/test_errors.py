@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers_torch import D, H, call, draw, parameters
+from cases import SEQUENCES, public
+from helpers_torch import D, H, call, draw, flat, parameters
 
 import score_kernels as sk
 from score_kernels import functional as SF
+from score_kernels import problem
+from score_kernels.ops import operator
+from score_kernels.problem import LEADING
 
 META = torch.device("meta")
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -143,10 +147,7 @@ BAD = {
     "backend": ({"backend": "mkl"}, ValueError, ("backend: expected one of auto, reference, blas", "got 'mkl'")),
     "backend list": ({"backend": ["blas"]}, ValueError, ("backend: expected one of auto, reference, blas", "got ['blas']")),
     "backend triton": ({"backend": "triton"}, ValueError, ("backend='triton' cannot run this call", "it needs a GPU")),
-    "backend cuda": (
-        {"backend": "cuda"}, ValueError,
-        ("backend='cuda'", "no op calls the CUDA kernels yet", "available: reference, blas, triton"),
-    ),
+    "backend cuda": ({"backend": "cuda"}, ValueError, ("backend='cuda' cannot run this call", "it needs a GPU")),
     # The norm.
     "norm_weight alone": (
         {"norm_weight": torch.ones(D)}, ValueError,
@@ -210,6 +211,269 @@ def test_bad_argument_of_linear(changes, error, parts):
     message = complaint(error, changed("linear", **changes))
     for part in parts:
         assert part in message, message
+
+
+META_MASK = torch.ones(5, dtype=torch.bool, device=META)
+OFFSETS = torch.tensor([0, 2, 5])
+TABLES = (torch.ones(5, 2), torch.ones(5, 2))
+
+BAD_ATTENTION = {
+    "h vector": ({"h": draw(D)}, ValueError, ("h: expected shape (..., N, D), sequences of N rows", "got (8,)")),
+    "w_qkv of q alone": ({"w_qkv": draw(D, D)}, ValueError, ("w_qkv: expected shape (3D, D) = (24, 8)", "got (8, 8)")),
+    "b_qkv of q alone": ({"b_qkv": draw(D)}, ValueError, ("b_qkv: expected shape (3D) = (24,)", "got (8,)")),
+    "w_out": ({"w_out": draw(D, H)}, ValueError, ("w_out: expected shape (D, D) = (8, 8)", "got (8, 12)")),
+    "w_qkv None": ({"w_qkv": None}, TypeError, ("w_qkv: expected a tensor or a list of tensors", "got None")),
+    "num_heads": ({"num_heads": 3}, ValueError, ("num_heads: expected a divisor of the number of features, 8", "got 3")),
+    "num_heads 0": ({"num_heads": 0}, ValueError, ("num_heads: expected a divisor", "got 0")),
+    "num_heads float": ({"num_heads": 2.0}, TypeError, ("num_heads: expected an int", "got float")),
+    "causal": ({"causal": 1}, TypeError, ("causal: expected True or False", "got int")),
+    "qk_norm": ({"qk_norm": "rms"}, TypeError, ("qk_norm: expected True or False", "got str")),
+    "scale": ({"scale": torch.tensor(0.5)}, TypeError, ("scale: expected a number, or None", "got Tensor")),
+    "activation": ({"negative_slope": 0.1}, TypeError, ("score_attention() got an unexpected keyword argument",)),
+    # Masks.
+    "padding dtype": (
+        {"key_padding_mask": torch.zeros(5)}, TypeError,
+        ("key_padding_mask: expected dtype torch.bool", "got torch.float32"),
+    ),
+    "padding shape": (
+        {"key_padding_mask": torch.ones(4, dtype=torch.bool)}, ValueError,
+        ("key_padding_mask: expected a shape that broadcasts to (..., N) = (5,)", "got (4,)"),
+    ),
+    "padding of more": (
+        {"key_padding_mask": torch.ones(2, 5, dtype=torch.bool)}, ValueError, ("key_padding_mask: expected", "got (2, 5)"),
+    ),
+    "padding device": (
+        {"key_padding_mask": META_MASK}, ValueError, ("key_padding_mask: expected a tensor on cpu", "got one on meta"),
+    ),
+    "mask dtype": (
+        {"attn_mask": torch.zeros(5, 5, dtype=F64)}, TypeError,
+        ("attn_mask: expected dtype torch.bool or torch.float32", "got torch.float64"),
+    ),
+    "mask shape": (
+        {"attn_mask": torch.zeros(3, 5, 5)}, ValueError,
+        ("attn_mask: expected a shape that broadcasts to (..., num_heads, N, N) = (2, 5, 5)", "got (3, 5, 5)"),
+    ),
+    "mask list": ({"attn_mask": [[True]]}, TypeError, ("attn_mask: expected a tensor", "got list")),
+    "mask trained": (
+        {"attn_mask": torch.zeros(5, 5, requires_grad=True)}, ValueError,
+        ("attn_mask: expected a tensor that does not require grad", "attn_mask.detach()"),
+    ),
+    # Rotary embedding.
+    "rotary text": ({"rotary": "1e4"}, TypeError, ("rotary: expected a number, the base, or two tensors", "got str")),
+    "rotary one": ({"rotary": TABLES[:1]}, TypeError, ("rotary: expected a number, the base, or two tensors", "got tuple")),
+    "rotary base": ({"rotary": 0.0}, ValueError, ("rotary: expected a base above 0", "got 0.0")),
+    "rotary odd": (
+        {"rotary": 10.0, "num_heads": 8}, ValueError, ("heads of an even number of features", "d = 1"),
+    ),
+    "rotary short": (
+        {"rotary": (torch.ones(4, 2), torch.ones(4, 2))}, ValueError,
+        ("rotary cos: expected shape (P, R), equal for both, with P >= 5 positions and R <= d / 2 = 2", "got (4, 2)"),
+    ),
+    "rotary twice": (
+        {"rotary": (torch.ones(5, 4), torch.ones(5, 4))}, ValueError, ("rotary cos: expected shape (P, R)", "each once"),
+    ),
+    "rotary unequal": (
+        {"rotary": (torch.ones(5, 2), torch.ones(5, 1))}, ValueError, ("rotary sin: expected shape (P, R)", "got (5, 1)"),
+    ),
+    "rotary trained": (
+        {"rotary": (TABLES[0], TABLES[1].clone().requires_grad_())}, ValueError,
+        ("rotary sin: expected a tensor that does not require grad",),
+    ),
+    # Packed sequences.
+    "offsets dtype": (
+        {"cu_seqlens": OFFSETS.float()}, TypeError,
+        ("cu_seqlens: expected dtype torch.int32 or torch.int64", "got torch.float32"),
+    ),
+    "offsets list": ({"cu_seqlens": [0, 5]}, TypeError, ("cu_seqlens: expected a tensor", "got list")),
+    "offsets shape": ({"cu_seqlens": OFFSETS[None]}, ValueError, ("cu_seqlens: expected shape (S + 1,)", "got (1, 3)")),
+    "offsets none": ({"cu_seqlens": OFFSETS[:0]}, ValueError, ("cu_seqlens: expected shape (S + 1,)", "got (0,)")),
+    "offsets start": (
+        {"cu_seqlens": torch.tensor([1, 5])}, ValueError,
+        ("cu_seqlens: expected offsets from 0 to the number of rows, 5", "got [1, 5]"),
+    ),
+    "offsets end": ({"cu_seqlens": torch.tensor([0, 4])}, ValueError, ("the number of rows, 5", "got [0, 4]")),
+    "offsets decrease": (
+        {"cu_seqlens": torch.tensor([0, 4, 3, 5])}, ValueError, ("that do not decrease", "got [0, 4, 3, 5]"),
+    ),
+    "many offsets": (
+        {"cu_seqlens": torch.arange(20)}, ValueError, ("the number of rows, 5", "got [0, 1, 2, 3, ..., 19]"),
+    ),
+    "longest": (
+        {"cu_seqlens": OFFSETS, "max_seqlen": 2}, ValueError,
+        ("max_seqlen: expected the longest sequence, 3, or more", "got 2"),
+    ),
+    "longest 0": ({"cu_seqlens": OFFSETS, "max_seqlen": 0}, ValueError, ("max_seqlen: expected 1 or more", "got 0")),
+    "longest float": ({"cu_seqlens": OFFSETS, "max_seqlen": 3.0}, TypeError, ("max_seqlen: expected an int", "got float")),
+    "longest alone": ({"max_seqlen": 5}, ValueError, ("max_seqlen: expected cu_seqlens to be given with it",)),
+    "offsets with padding": (
+        {"cu_seqlens": OFFSETS, "key_padding_mask": torch.ones(5, dtype=torch.bool)}, ValueError,
+        ("key_padding_mask: expected None with cu_seqlens",),
+    ),
+    "offsets with mask": (
+        {"cu_seqlens": OFFSETS, "attn_mask": torch.ones(5, 5)}, ValueError, ("attn_mask: expected None with cu_seqlens",),
+    ),
+    "backend cuda": (
+        {"backend": "cuda"}, ValueError, ("backend='cuda' cannot run this call: no CUDA kernel computes attention yet",),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_ATTENTION)
+def test_bad_argument_of_attention(case):
+    changes, error, parts = BAD_ATTENTION[case]
+    message = complaint(error, changed("attention", **changes))
+    for part in parts:
+        assert part in message, message
+
+
+def test_packed_sequences_are_not_recorded_by_a_cuda_graph(monkeypatch):
+    monkeypatch.setattr(problem, "capturing", lambda device: True)
+    message = complaint(RuntimeError, changed("attention", cu_seqlens=OFFSETS))
+    assert "cu_seqlens: expected a call that no CUDA graph records" in message
+
+
+@pytest.mark.parametrize("op", SEQUENCES)
+def test_the_operator_refuses_a_mask_that_requires_grad(op):
+    """Who calls it without the public function is told too, not given a gradient of zero."""
+    arguments = flat(op, state(), parameters(op), attn_mask=torch.zeros(5, 5))
+    arguments[LEADING][-1].requires_grad_()
+    message = complaint(ValueError, operator(op), *arguments)
+    assert "attn_mask: expected a tensor that does not require grad" in message
+
+
+@pytest.mark.parametrize(
+    ("attention", "error", "parts"),
+    [
+        (torch.nn.Linear(D, D), TypeError, ("attention: expected an nn.MultiheadAttention", "got Linear")),
+        (torch.nn.MultiheadAttention(D, 2, dropout=0.1), ValueError, ("attention: expected self-attention", "dropout=0.1")),
+        (torch.nn.MultiheadAttention(D, 2, kdim=4), ValueError, ("kdim=4 and vdim=8",)),
+        (torch.nn.MultiheadAttention(D, 2, add_bias_kv=True), ValueError, ("add_bias_kv=True",)),
+        (torch.nn.MultiheadAttention(D, 2, add_zero_attn=True), ValueError, ("add_zero_attn=True",)),
+    ],
+)
+def test_multihead_attention_that_computes_something_else(attention, error, parts):
+    message = complaint(error, sk.ScoreAttention.from_multihead_attention, attention)
+    for part in parts:
+        assert part in message, message
+
+
+def test_multihead_attention_has_its_own_bias():
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'bias'"):
+        sk.ScoreAttention.from_multihead_attention(torch.nn.MultiheadAttention(D, 2), bias=False)
+
+
+TRANSFORMER = {**parameters("transformer"), "num_heads": 2, "iterations": 3}
+
+BAD_TRANSFORMER = {
+    "attention dict": (
+        {"attention": {"w_qkv": draw(3 * D, D)}}, TypeError,
+        ("attention: expected AttentionParams(w_qkv, b_qkv, w_out, b_out, norm_weight, norm_bias)", "got dict"),
+    ),
+    "mlp of attention": (
+        {"mlp": SF.AttentionParams(draw(3 * D, D), None, draw(D, D), None)}, TypeError,
+        ("mlp: expected MLPParams(w1, b1, w2, b2, w_gate, b_gate, norm_weight, norm_bias)", "got AttentionParams"),
+    ),
+    "placement": (
+        {"norm_placement": "sandwich"}, ValueError, ("norm_placement: expected one of pre, post", "got 'sandwich'"),
+    ),
+    "norm_weight": (
+        {"norm": "rmsnorm", "norm_weight": torch.ones(D)}, TypeError,
+        ("score_transformer() got an unexpected keyword argument 'norm_weight'",),
+    ),
+    "h vector": ({"h": draw(D)}, ValueError, ("h: expected shape (..., N, D), sequences of N rows", "got (8,)")),
+    "w_qkv None": ({"w_qkv": None}, TypeError, ("w_qkv: expected a tensor or a list of tensors", "got None")),
+    "w2 does not chain": ({"w2": draw(D, H + 1)}, ValueError, ("w2: expected shape (D, H) = (8, 12)", "got (8, 13)")),
+    "b_gate alone": ({"b_gate": draw(H)}, ValueError, ("b_gate: expected w_gate to be given", "got w_gate=None")),
+    "norm of a half alone": (
+        {"attention_norm_weight": torch.ones(D)}, ValueError,
+        ("attention_norm_weight: expected norm to be layernorm or rmsnorm when attention_norm_weight is given",),
+    ),
+    "bias of rmsnorm": (
+        {"norm": "rmsnorm", "mlp_norm_bias": torch.ones(D)}, ValueError,
+        ("mlp_norm_bias: expected norm to be layernorm", "got norm='rmsnorm'"),
+    ),
+    "norm shape": (
+        {"norm": "rmsnorm", "mlp_norm_weight": torch.ones(H)}, ValueError,
+        ("mlp_norm_weight: expected shape (D) = (8,)", "got (12,)"),
+    ),
+    "norm dtype": (
+        {"norm": "rmsnorm", "mlp_norm_weight": torch.ones(D, dtype=F16)}, TypeError,
+        ("mlp_norm_weight: expected dtype torch.float32", "got torch.float16"),
+    ),
+    "sets of the halves": (
+        {"w_out": draw(2, D, D), "w1": draw(3, H, D)}, ValueError,
+        ("parameter sets: expected the same number L", "'w_out': 2", "'w1': 3"),
+    ),
+    "num_heads": ({"num_heads": 3}, ValueError, ("num_heads: expected a divisor of the number of features, 8", "got 3")),
+    "mask trained": (
+        {"attn_mask": torch.zeros(5, 5, requires_grad=True)}, ValueError,
+        ("attn_mask: expected a tensor that does not require grad",),
+    ),
+    "backend cuda": (
+        {"backend": "cuda"}, ValueError, ("backend='cuda' cannot run this call: no CUDA kernel computes transformer yet",),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_TRANSFORMER)
+def test_bad_argument_of_transformer(case):
+    changes, error, parts = BAD_TRANSFORMER[case]
+    given = public("transformer", {"h": state(), **TRANSFORMER, **changes}) | {
+        name: value for name, value in changes.items() if name in ("attention", "mlp")
+    }
+    message = complaint(error, lambda: SF.score_transformer(**given))
+    for part in parts:
+        assert part in message, message
+
+
+def encoder_layer(**options):
+    return torch.nn.TransformerEncoderLayer(D, 2, H, **{"dropout": 0.0, **options})
+
+
+def with_norms(*norms):
+    layer = encoder_layer()
+    layer.norm1, layer.norm2 = norms
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "error", "parts"),
+    [
+        (torch.nn.Linear(D, D), TypeError, ("layer: expected an nn.TransformerEncoderLayer, or several", "got Linear")),
+        ([encoder_layer(), torch.nn.ReLU()], TypeError, ("layer: expected an nn.TransformerEncoderLayer", "got ReLU")),
+        ([], ValueError, ("layer: expected one or more, got none",)),
+        (encoder_layer(dropout=0.1), ValueError, ("layer: expected no active dropout", "p=0.1", "layer.eval()")),
+        (encoder_layer(activation=torch.sin), ValueError, ("layer: expected an activation that this package has", "sin")),
+        (encoder_layer(activation=torch.nn.Softplus()), ValueError, ("layer: expected an activation", "Softplus")),
+        (
+            with_norms(torch.nn.LayerNorm(D), torch.nn.LayerNorm(D, eps=0.1)), ValueError,
+            ("layer: expected two nn.LayerNorm with the same eps", "eps=0.1"),
+        ),
+        (with_norms(torch.nn.LayerNorm(D), torch.nn.Identity()), ValueError, ("expected two nn.LayerNorm", "Identity()")),
+        (
+            [encoder_layer(), encoder_layer(norm_first=True)], ValueError,
+            ("layer: expected layers with the same options", "in layer 1", "'pre'"),
+        ),
+    ],
+)  # fmt: skip
+def test_encoder_layer_that_computes_something_else(layer, error, parts):
+    message = complaint(error, sk.ScoreTransformer.from_encoder_layer, layer)
+    for part in parts:
+        assert part in message, message
+
+
+def test_options_against_the_layers_that_are_given():
+    make = sk.ScoreTransformer.from_encoder_layer
+    message = complaint(ValueError, make, [encoder_layer(), encoder_layer()], layers=3, iterations=6)
+    assert "layers: expected 2 sets, one for each layer that is given, got 3" in message
+    assert "multiple values for keyword argument 'norm'" in complaint(TypeError, make, encoder_layer(), norm="rmsnorm")
+
+
+def test_dropout_of_attention_s_weights_alone_is_refused_too():
+    layer = encoder_layer()
+    layer.self_attn.dropout = 0.2
+    message = complaint(ValueError, sk.ScoreTransformer.from_encoder_layer, layer)
+    assert "layer: expected self-attention without extra keys and dropout, got dropout=0.2" in message
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "blas"])
@@ -297,7 +561,6 @@ MODULES = {
     "solver": ({"solver": "rk5"}, ValueError, ("solver: expected one of", "got 'rk5'")),
     "order": ({"order": "random"}, ValueError, ("order: expected one of", "got 'random'")),
     "backend": ({"backend": "mkl"}, ValueError, ("backend: expected one of auto, reference, blas, triton", "got 'mkl'")),
-    "backend cuda": ({"backend": "cuda"}, ValueError, ("backend='cuda'", "no op calls the CUDA kernels yet")),
     "iterations": ({"iterations": -1}, ValueError, ("iterations: expected 0 or more", "got -1")),
     "iterations float": ({"iterations": 2.5}, TypeError, ("iterations: expected an int", "got float")),
     "eps": ({"eps": -1.0}, ValueError, ("eps: expected 0 or more", "got -1.0")),

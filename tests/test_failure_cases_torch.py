@@ -18,7 +18,8 @@ import score_kernels as sk
 from score_kernels.ops import operator
 
 F64 = torch.float64
-OPS = ("linear", "mlp")
+OPS = ("linear", "mlp", "attention", "transformer")
+WEIGHT = {"linear": "weight", "mlp": "w1", "attention": "w_qkv", "transformer": "w_out"}
 every_op = pytest.mark.parametrize("op", OPS)
 FROM_AUTOGRAD = "one of the variables needed for gradient computation has been modified by an inplace operation"
 
@@ -105,13 +106,18 @@ def onednn(request, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", ["blas", "reference"])
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("kind", OPS)
 @each_library
 @pytest.mark.usefixtures("onednn")
 def test_failure_case_14_autocast_is_the_cast_call(kind, backend, dtype):
     """Outputs in autocast's dtype, gradients in the master weights', both those of a call with all inputs cast by hand."""
     options = {"norm": "layernorm", "learn_dt": "scalar", "backend": backend}
-    module = sk.ScoreLinear(D, **options) if kind == "linear" else sk.ScoreMLP(D, H, gated=True, **options)
+    module = {
+        "linear": lambda: sk.ScoreLinear(D, **options),
+        "mlp": lambda: sk.ScoreMLP(D, H, gated=True, **options),
+        "attention": lambda: sk.ScoreAttention(D, 2, causal=True, rotary=10.0, qk_norm=True, **options),
+        "transformer": lambda: sk.ScoreTransformer(D, 2, H, norm_placement="post", causal=True, **options),
+    }[kind]()
     x = draw(6, D).requires_grad_()
     with torch.autocast("cpu", dtype=dtype):
         out = module(x, x0=x)
@@ -166,7 +172,7 @@ def test_failure_case_14_double_backward_inside_autocast_is_in_the_dtype_of_forw
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
-@pytest.mark.parametrize("kind", ["linear", "mlp", "module"])
+@pytest.mark.parametrize("kind", [*OPS, "module"])
 def test_failure_case_21_any_number_of_rows_recompiles_once(kind, grad):
     torch._dynamo.reset()
     if kind == "module":
@@ -225,12 +231,14 @@ def test_failure_case_22_gradients_have_the_layout_that_the_fake_ones_have(op):
 # 23: graph breaks; all options are in test_compile.py
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp", "ScoreLinear", "ScoreMLP"])
+@pytest.mark.parametrize("kind", [*OPS, "ScoreLinear", "ScoreMLP", "ScoreAttention", "ScoreTransformer"])
 def test_failure_case_23_one_graph_forward_and_backward(kind):
     torch._dynamo.reset()
     modules = {
         "ScoreLinear": lambda: sk.ScoreLinear(D, learn_dt="scalar"),
         "ScoreMLP": lambda: sk.ScoreMLP(D, H, norm="rmsnorm"),
+        "ScoreAttention": lambda: sk.ScoreAttention(D, 2, causal=True, rotary=10.0),
+        "ScoreTransformer": lambda: sk.ScoreTransformer(D, 2, H, norm="layernorm", causal=True, learn_dt="scalar"),
     }
     given = parameters(kind, grad=True) if kind in OPS else {}
     function = modules[kind]() if kind in modules else lambda h: call(kind, h, given)
@@ -249,15 +257,15 @@ def test_failure_case_23_one_graph_forward_and_backward(kind):
 @every_op
 def test_failure_case_24_gradgradcheck(op, solver):
     h, given = problem(op, rows=2)
-    names = list(given)
+    # Of a transformer a bias of each half: it has 500 numbers, of which test_transformer.py has fewer.
+    names = [name for name in given if op != "transformer" or name in ("b_out", "b2")]
 
     def run(h, dt, *values):
-        return call(
-            op, h, dict(zip(names, values, strict=True)), dt=dt, activation="silu", norm="rmsnorm", solver=solver, iterations=2
-        )
+        changed = {**given, **dict(zip(names, values, strict=True))}
+        return call(op, h, changed, dt=dt, activation="silu", norm="rmsnorm", solver=solver, iterations=2)
 
     dt = torch.tensor([0.3, 0.6], dtype=F64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(run, (h, dt, *given.values()))
+    assert torch.autograd.gradgradcheck(run, (h, dt, *(given[name] for name in names)))
 
 
 @every_op
@@ -270,7 +278,8 @@ def test_failure_case_24_gradient_penalty_is_that_of_plain_autograd(op):
         second = torch.autograd.grad(first.square().sum(), h, create_graph=True)[0]
         third = torch.autograd.grad(second.square().sum(), [h, *given.values()])
         found[backend] = [first, second, *third]
-    equal_gradients(found["blas"], found["reference"])
+    for a, b in zip(found["blas"], found["reference"], strict=True):
+        assert (a - b).norm() <= 1e-10 * b.norm()
 
 
 @every_op
@@ -347,7 +356,7 @@ def test_failure_case_26_a_result_that_is_not_used_has_no_gradient(op):
 @every_op
 def test_failure_case_26_a_tensor_given_twice_gets_both_gradients(op):
     """x0 = h; one weight in a list twice: first and second derivatives."""
-    name = "weight" if op == "linear" else "w1"
+    name = WEIGHT[op]
     found = {}
     for backend in ("blas", "reference"):
         h, given = problem(op)
@@ -401,7 +410,7 @@ def test_failure_case_28_grad_and_vjp(op):
 @pytest.mark.parametrize("batched", ["h", "x0", "both", "middle", "weight", "dt"])
 def test_failure_case_28_vmap(op, batched, trajectory):
     given, h, x0 = parameters(op, dtype=F64), draw(6, D, dtype=F64), draw(6, D, dtype=F64, seed=1)
-    name = "weight" if op == "linear" else "w1"
+    name = WEIGHT[op]
     shape = {"weight": given[name].shape, "dt": (3,)}.get(batched, h.shape)
     batch = draw(4, *shape, dtype=F64, seed=2)
 
@@ -436,10 +445,18 @@ def test_failure_case_28_jacobians_and_hessians(op):
         torch.testing.assert_close(hessian, torch.func.jacrev(torch.func.jacrev(lambda h: plain(h).sum()))(h))
 
 
-@pytest.mark.parametrize("module", [lambda: sk.ScoreLinear(D, norm="rmsnorm"), lambda: sk.ScoreMLP(D, H, learn_dt="scalar")])
+@pytest.mark.parametrize(
+    "module",
+    [
+        lambda: sk.ScoreLinear(D, norm="rmsnorm"),
+        lambda: sk.ScoreMLP(D, H, learn_dt="scalar"),
+        lambda: sk.ScoreAttention(D, 2, rotary=10.0),
+    ],
+)
 def test_failure_case_28_gradients_of_each_sample_over_a_module(module):
     module = module().double()
-    weights, samples = dict(module.named_parameters()), draw(5, D, dtype=F64)
+    shape = (5, 3, D) if isinstance(module, sk.ScoreAttention) else (5, D)
+    weights, samples = dict(module.named_parameters()), draw(*shape, dtype=F64)
 
     def sample_loss(weights, x):
         return torch.func.functional_call(module, weights, (x,)).square().sum()
@@ -501,10 +518,8 @@ def test_failure_case_29_import_and_training(before, environment):
 
 
 def test_failure_case_29_the_message_of_a_missing_backend():
-    with pytest.raises(
-        ValueError, match="backend='cuda': no op calls the CUDA kernels yet; available: reference, blas, triton"
-    ):
-        sk.ScoreLinear(D, backend="cuda")
+    with pytest.raises(ValueError, match="backend='cuda' cannot run this call: it needs a GPU"):
+        sk.ScoreLinear(D, backend="cuda")(torch.randn(3, D))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_check, shards, tiny
+from bench import cuda, gpu_check, shards, tiny
 from bench.gpu_check import STEPS, Step, Verdict
 from bench.providers import PROVIDERS
 from bench.suites import SUITES
@@ -88,6 +88,55 @@ def test_an_absent_tool_is_said_and_one_in_cuda_home_is_found(tmp_path: Path, mo
     tool.chmod(0o755)
     verdict = checked(step, out=tmp_path)["sanitizer"]
     assert (verdict.status, verdict.detail) == ("failed", "exit status 1; given --tool memcheck")
+
+
+def test_a_command_that_cannot_run_here_is_absent_and_says_why(tmp_path: Path) -> None:
+    verdict = checked(python("it", f"print('no compiler'); raise SystemExit({gpu_check.ABSENT})"), out=tmp_path)["it"]
+    assert (verdict.status, verdict.detail) == ("absent", "no compiler")
+    assert gpu_check.succeeded([verdict])
+
+
+def test_the_cuda_part_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUDA_HOME", "CUTLASS_DIR"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cuda, "find_tool", lambda name: None if name == missing else f"/bin/{name}")
+    for missing in ("nvcc", "cmake", "ctest"):
+        assert cuda.lacking() == f"{missing} is neither in PATH nor in CUDA_HOME/bin"
+    missing = ""
+    assert "neither CUTLASS_DIR is set nor the package nvidia-cutlass installed" in (cuda.lacking() or "")
+    monkeypatch.setenv("CUTLASS_DIR", str(tmp_path))
+    assert cuda.lacking() is None
+
+
+def test_the_cuda_part_is_built_for_the_gpu_and_tested(tmp_path: Path) -> None:
+    """Its commands, on a project whose build makes a program and whose test is named as the real one."""
+    if not (gpu_check.find_tool("cmake") and gpu_check.find_tool("ctest")):
+        pytest.skip("needs cmake")
+    source, tree = tmp_path / "source", tmp_path / "tree"
+    source.mkdir()
+    (source / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.24)\nproject(it LANGUAGES NONE)\nenable_testing()\n"
+        'file(WRITE ${CMAKE_BINARY_DIR}/archs "${CMAKE_CUDA_ARCHITECTURES}")\n'
+        "add_custom_target(program ALL COMMAND ${CMAKE_COMMAND} -E touch built)\n"
+        "add_test(NAME second_opinion COMMAND ${CMAKE_COMMAND} -E cat built)\nadd_test(NAME sass COMMAND false)\n"
+        "set_tests_properties(second_opinion PROPERTIES SKIP_RETURN_CODE 77)\n"
+    )
+    for capability, archs in (((9, 0), "8.0+PTX;9.0a"), ((8, 6), "8.6")):
+        log = ""
+        for command in cuda.commands(capability, tree):
+            words = [str(source) if word == str(ROOT) else word for word in command]
+            done = subprocess.run(words, capture_output=True, text=True, check=True)
+            log += done.stdout
+        assert (tree / "archs").read_text() == archs
+        (tmp_path / "cuda.log").write_text(log)
+        assert gpu_check.undecided(tmp_path) is None
+    (tree / "_cuda.of-this-python.so").write_text("the module")
+    (tree / "_cuda.o").write_text("not it")
+    cuda.install(tree, source)
+    assert [path.name for path in source.glob("_cuda*")] == ["_cuda.of-this-python.so"]
+    (tmp_path / "cuda.log").write_text(log.replace("   Passed", "***Skipped"))
+    assert gpu_check.undecided(tmp_path) == "no CUDA kernel ran: see second_opinion in the log"
 
 
 def test_without_a_gpu_what_needs_one_is_absent(tmp_path: Path) -> None:
@@ -177,7 +226,7 @@ def test_a_benchmark_without_a_triton_time_has_not_passed(tmp_path: Path) -> Non
 def test_its_commands_are_ones_that_the_programs_take() -> None:
     from bench.__main__ import _parser
 
-    for name, providers in (("headline", ["eager", "blas", "triton", "auto"]), ("compiled", [])):
+    for name, providers in (("headline", ["eager", "blas", "triton", "cuda", "auto"]), ("compiled", [])):
         (bench,) = (step for step in STEPS if step.name == name)
         words = [word.format(out="/somewhere", minutes="1.50") for word in bench.command]
         options = _parser().parse_args(words[words.index("run") :])
@@ -204,10 +253,10 @@ def test_on_a_machine_without_a_gpu(tmp_path: Path) -> None:
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name}', name='{name}')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)  # Triton's interpreter needs numpy
-    of_the_steps = "import bench.__main__, bench.tiny, bench.plain, score_kernels.triton_kernels.launch"
+    of_the_steps = "import bench.__main__, bench.cuda, bench.tiny, bench.plain, score_kernels.triton_kernels.launch"
     subprocess.run([sys.executable, "-W", "ignore", "-c", of_the_steps], check=True, cwd=ROOT, env=environment)
     done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu_check", "--out", str(tmp_path / "out"), "--minutes", "2"],
+        [sys.executable, "-m", "bench.gpu_check", "--out", str(tmp_path / "out"), "--minutes", "6"],
         capture_output=True, text=True, check=False, cwd=ROOT, env=environment, timeout=120,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
@@ -215,7 +264,8 @@ def test_on_a_machine_without_a_gpu(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {step["step"]: step["status"] for step in summary["steps"]} == {
         "gpu": "failed", "environment": "passed",
-        "tests": "absent", "memcheck": "absent", "racecheck": "absent", "headline": "absent", "compiled": "absent",
+        "cuda": "absent", "tests": "absent", "memcheck": "absent", "racecheck": "absent", "synccheck": "absent",
+        "headline": "absent", "compiled": "absent",
     }  # fmt: skip
     log = (tmp_path / "out" / "environment.log").read_text()
     assert json.loads(log[log.index("{") :])["works"]

@@ -11,15 +11,21 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from cases import SEQUENCES
 from helpers_torch import call, equal_gradients
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from score_kernels import blas, ops, planner
-from score_kernels.planner import scratch_tiles
+from score_kernels import blas, ops, row_tiles, sdpa
+from score_kernels.problem import SHAPES, extent
+from score_kernels.row_tiles import scratch_row
 
 FEATURES, HIDDEN = 24, 40
+OPS = ["linear", "mlp", "attention", "transformer"]
+
+# Rows of a sequence, which no tile parts.
+TOKENS = 16
 
 # Sums for the coefficients' gradients: some numbers for each iteration.
 SMALL = 4096
@@ -66,11 +72,15 @@ def measured(monkeypatch, name):
 
 def problem(rows, op="mlp", dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    shapes = {"linear": {"weight": (FEATURES, FEATURES), "bias": (FEATURES,)}}.get(
-        op, {"w1": (HIDDEN, FEATURES), "b1": (HIDDEN,), "w2": (FEATURES, HIDDEN), "b2": (FEATURES,)}
-    )
+    sizes = {"D": FEATURES, "H": HIDDEN}
+    shapes = {
+        name: tuple(extent(d, sizes) for d in dims)
+        for name, dims in SHAPES[op].items()
+        if "norm" not in name and not name.endswith("_gate")
+    }
     given = {n: (torch.randn(s, generator=generator) * 0.2).to(dtype).requires_grad_() for n, s in shapes.items()}
-    return torch.randn(rows, FEATURES, generator=generator).to(dtype).requires_grad_(), given
+    shape = (rows // TOKENS, TOKENS) if op in SEQUENCES else (rows,)
+    return torch.randn(*shape, FEATURES, generator=generator).to(dtype).requires_grad_(), given
 
 
 def backward_bytes(monkeypatch, rows, iterations, op="mlp", **options):
@@ -94,19 +104,23 @@ def checkpointed(monkeypatch):
 
     def plan_of(p):
         interval = 2 if p.iterations < 16 else 8
-        scratch = scratch_tiles(p.iterations, interval) * 128 * FEATURES * 4
+        scratch = scratch_row(p.iterations, interval, FEATURES * 4, blas.kept(p) * 4) * 128
         return dataclasses.replace(original(p), rows=128, backward_rows=128, interval=interval, scratch_bytes=scratch)
 
     monkeypatch.setattr(ops, "plan_of", plan_of)
 
 
 # The rows of at least one whole tile.
-ROWS = {"planned": planner.CPU_ROWS[1], "checkpointed": 128}
+ROWS = {"planned": row_tiles.CPU_ROWS[1], "checkpointed": 128}
 
 
-@pytest.mark.parametrize("tiles", ROWS)
-@pytest.mark.parametrize("op", ["linear", "mlp"])
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize(
+    ("tiles", "op", "solver"),
+    [
+        *((tiles, op, solver) for tiles in ROWS for op in ("linear", "mlp") for solver in ("euler", "heun")),
+        *(("checkpointed", op, solver) for op in SEQUENCES for solver in ("euler", "heun")),
+    ],
+)
 def test_backward_allocates_its_scratch_and_a_working_set_that_grows_with_neither_t_nor_rows(monkeypatch, tiles, op, solver):
     if tiles == "checkpointed":
         checkpointed(monkeypatch)
@@ -123,7 +137,7 @@ def test_backward_allocates_its_scratch_and_a_working_set_that_grows_with_neithe
 
 
 def test_backward_keeps_far_less_than_a_state_of_every_iteration(monkeypatch):
-    rows = 2 * planner.CPU_ROWS[1]
+    rows = 2 * row_tiles.CPU_ROWS[1]
     found, _ = backward_bytes(monkeypatch, rows, 64)
     assert found < 64 * rows * FEATURES * 4 / 3
 
@@ -139,10 +153,10 @@ def test_the_count_sees_what_it_should():
     del a, b
 
 
-@pytest.mark.parametrize("op", ["linear", "mlp"])
+@pytest.mark.parametrize("op", OPS)
 def test_forward_allocates_a_working_set_that_grows_with_neither_t_nor_rows(monkeypatch, op):
     peaks = {}
-    most = planner.CPU_ROWS[1]
+    most = row_tiles.CPU_ROWS[1]
     for rows, iterations in ((most, 4), (most, 64), (4 * most, 64)):
         h, given = problem(rows, op)
         with measured(monkeypatch, "forward") as found:
@@ -171,7 +185,7 @@ def kept(op, iterations, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"solver": "rk4"}, {"grad_iterations": 2}], ids=str)
-@pytest.mark.parametrize("op", ["linear", "mlp"])
+@pytest.mark.parametrize("op", OPS)
 def test_only_inputs_and_weights_are_kept_for_backward(op, options):
     """And the table of coefficients: five numbers for every stage."""
     stages = 4 if options.get("solver") == "rk4" else 1
@@ -187,7 +201,7 @@ def test_a_saved_trajectory_is_kept():
 
 
 def test_truncated_gradients_keep_states_of_the_last_iterations_only(monkeypatch):
-    rows = planner.CPU_ROWS[1]
+    rows = row_tiles.CPU_ROWS[1]
     truncated, plan = backward_bytes(monkeypatch, rows, 64, grad_iterations=4)
     assert plan.iterations == 4
     assert truncated <= backward_bytes(monkeypatch, rows, 4)[0] + SMALL
@@ -199,3 +213,29 @@ def test_measuring_changes_nothing(monkeypatch):
     with measured(monkeypatch, "backward") as found:
         equal_gradients(torch.autograd.grad(call("mlp", h, given).sum(), [h, *given.values()]), plain, rtol=0, atol=0)
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_without_torch_s_kernel_keeps_no_scores_of_all_heads_beyond_the_budget(monkeypatch, causal):
+    """As a GPU runs it: query rows in turn. All scores would be 16 times the budget."""
+    monkeypatch.setenv("SCORE_KERNELS_SCRATCH_MB", "0.25")
+    q, k, v, g = (torch.randn(1, 4, 512, 8) for _ in range(4))
+    with LiveBytes([q, k, v, g]) as bytes_:
+        out, lse = sdpa.chunked(q, k, v, None, causal, 0.3)
+        found = sdpa.chunked_backward(g, q, k, v, out, lse, None, causal, 0.3)
+    outputs = sum(x.untyped_storage().nbytes() for x in (out, lse, *found))
+    # The budget, and products with all of q, k and v.
+    assert bytes_.peak - outputs <= 2**18 + 3 * q.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("op", SEQUENCES)
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_over_a_long_sequence_keeps_no_scores(monkeypatch, training, op):
+    tokens = 2048
+    _, given = problem(16, op)
+    h = torch.randn(1, tokens, FEATURES, requires_grad=training)
+    with measured(monkeypatch, "backward" if training else "forward") as found:
+        out = call(op, h, given, causal=True)
+        if training:
+            out.sum().backward()
+    assert found[0][0] <= 40 * tokens * FEATURES * 4 < tokens * tokens * 4

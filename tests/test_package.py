@@ -21,6 +21,7 @@ MODULES = {str(path.relative_to(ROOT)) for path in (ROOT / "score_kernels").rglo
 # In the tree the package reaches them through a link, in the archives they are files like any other.
 KERNELS = {f"score_kernels/triton_kernels/{path.name}" for path in (ROOT / "triton_kernels").glob("*.py")}
 MODULES |= KERNELS
+TYPES = {"score_kernels/py.typed", "score_kernels/_cuda.pyi"}
 SOURCES = {"CMakeLists.txt", *(f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir())}
 
 
@@ -50,22 +51,21 @@ def archives(tmp_path_factory):
 
 def test_source_distribution(archives):
     source, _ = archives
-    assert source.keys() >= MODULES | SOURCES | {
-        "score_kernels/py.typed",
+    assert source.keys() >= MODULES | SOURCES | TYPES | {
         "LICENSE",
         "README.md",
         "pyproject.toml",
         "setup.py",
         "PKG-INFO",
     }
-    elsewhere = ("tests/", "bench/", ".ci/", "docs/", "build/", "score_kernels/_cuda")
-    assert not [name for name in source if name.startswith(elsewhere)]
+    elsewhere = ("tests/", "bench/", "examples/", ".ci/", "docs/", "build/", "score_kernels/_cuda.")
+    assert not [name for name in source.keys() - TYPES if name.startswith(elsewhere)]
 
 
 def test_wheel(archives):
     _, wheel = archives
     package = {name for name in wheel if not name.startswith(f"score_kernels-{sk.__version__}.dist-info/")}
-    assert package == MODULES | {"score_kernels/py.typed"}
+    assert package == MODULES | TYPES
     assert wheel[f"score_kernels-{sk.__version__}.dist-info/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
     for name in MODULES:
         assert wheel[name] == (ROOT / name).read_bytes()
@@ -118,7 +118,8 @@ def test_public_names():
     for name in sk.__all__:
         assert getattr(sk, name) is not None
     assert sorted(sk.__all__) == list(sk.__all__)
-    assert sk.functional.__all__ == ["score_linear", "score_mlp"]
+    ops = ["score_attention", "score_linear", "score_mlp", "score_transformer"]
+    assert sk.functional.__all__ == ["AttentionParams", "MLPParams", *ops]
     with pytest.raises(AttributeError, match="module 'score_kernels' has no attribute 'missing'"):
         _ = sk.missing
     with pytest.raises(ImportError, match="cannot import name 'missing'"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 import warnings
@@ -12,11 +14,15 @@ import warnings
 import pytest
 import torch
 from helpers_torch import D, H, call, draw, parameters
+from stacks import layers
 
 import score_kernels as sk
 from score_kernels import functional as SF
-from score_kernels import ops, planner
-from score_kernels.planner import INTERPRETER, Machine, plan, scratch_tiles
+from score_kernels import kernel_tiles, ops, planner, row_tiles
+from score_kernels.machine import INTERPRETER, Kernel, Machine
+from score_kernels.machine import VERIFIED as VERIFIED_HERE
+from score_kernels.planner import plan
+from score_kernels.row_tiles import scratch_tiles
 from score_kernels.triton_kernels import configs
 from score_kernels.triton_kernels.configs import BACKWARD, FORWARD, Tile
 
@@ -25,12 +31,15 @@ CALL = {
     "features": 64,
     "hidden": 128,
     "gated": False,
+    "activation": "relu",
     "iterations": 8,
     "dtype": "float32",
     "itemsize": 4,
     "machine": Machine(),
     "scratch_budget": 64 << 20,
 }
+
+ATTENTION = {"op": "attention", "dtype": "bfloat16", "hidden": 256, "tokens": 48, "heads": 2}
 
 # Compute capability, multiprocessors, bytes of shared memory that one program may have, of one device for each.
 GPUS = {
@@ -41,7 +50,7 @@ GPUS = {
 }  # fmt: skip
 MACHINES = {"cpu": Machine(), "cuda": GPUS[90]}
 
-VERIFIED = {arch: dataclasses.replace(machine, verified=frozenset({arch})) for arch, machine in GPUS.items()}
+VERIFIED = {arch: dataclasses.replace(machine, verified=frozenset({("triton", arch)})) for arch, machine in GPUS.items()}
 
 ITERATIONS = (0, 1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 31, 63, 64, 65, 100, 256, 1000)
 SIZES = [(1, 1), (5, 7), (64, 64), (64, 256), (256, 256), (128, 512), (512, 2048), (1024, 4096), (4096, 16384)]
@@ -71,7 +80,7 @@ def is_power_of_two(n):
 
 def test_rows_are_powers_of_two_within_their_limits():
     for p in PLANS:
-        low, high = planner.CPU_ROWS if p.device == "cpu" else planner.GPU_ROWS
+        low, high = row_tiles.CPU_ROWS if p.device == "cpu" else row_tiles.GPU_ROWS
         assert is_power_of_two(p.rows), p
         assert is_power_of_two(p.backward_rows), p
         assert p.backward_rows <= p.rows <= high, p
@@ -107,6 +116,36 @@ def test_scratch_tiles_count_checkpoints_and_one_segment(iterations, interval):
     assert most <= scratch_tiles(iterations, interval) <= most + interval
 
 
+@pytest.mark.parametrize("device", MACHINES)
+@pytest.mark.parametrize("iterations", ITERATIONS)
+@pytest.mark.parametrize("tokens", [1, 2, 7, 48, 64, 257, 1000, 8192, 100_000])
+def test_no_tile_parts_a_sequence(tokens, iterations, device):
+    p = plan(**{**CALL, "iterations": iterations, "machine": MACHINES[device]}, tokens=tokens)
+    assert p.rows % tokens == p.backward_rows % tokens == 0
+    assert tokens <= p.backward_rows <= p.rows
+    # More than one sequence only within the limits of other ops.
+    alone = plan(**{**CALL, "iterations": iterations, "machine": MACHINES[device]})
+    assert p.rows <= max(alone.rows, tokens)
+    assert p.scratch_bytes <= max(CALL["scratch_budget"], scratch_tiles(iterations, p.interval) * tokens * 64 * 4)
+
+
+def test_long_sequences_are_walked_twice():
+    """Where all states of one sequence take more than the budget."""
+    assert plan(**{**CALL, "iterations": 64}, tokens=64).interval == 1
+    assert plan(**{**CALL, "iterations": 64}, tokens=8192).interval == 8
+
+
+@pytest.mark.parametrize("op", ["attention", "transformer"])
+def test_no_cuda_kernel_computes_sequences_yet(op):
+    call = {**CALL, **ATTENTION, "op": op, "scratch_budget": 512 << 20}
+    found = plan(**{**call, "machine": VERIFIED[90]})
+    assert (found.backend, found.backward) == ("triton", "triton")
+    assert dict(found.skipped) == {"cuda": f"no CUDA kernel computes {op} yet"}
+    for machine in (INTERPRETER, GPUS[90], Machine()):
+        with pytest.raises(ValueError, match=f"cannot run this call: no CUDA kernel computes {op} yet"):
+            plan(**{**call, "machine": machine}, backend="cuda")
+
+
 def test_equal_calls_have_equal_plans():
     assert plan(**CALL) == plan(**CALL)
     assert hash(plan(**CALL)) == hash(plan(**CALL))
@@ -120,26 +159,64 @@ def test_backends_and_reasons():
     on_gpu = plan(**{**CALL, "machine": GPUS[90]})
     assert (on_gpu.backend, on_gpu.backward) == ("blas", "blas")
     assert dict(on_gpu.skipped) == {
-        "cuda": "no op calls the CUDA kernels yet",
+        "cuda": "it needs a GPU",
         "triton": "no hardware results are committed for compute capability 9.0; backend='triton' selects it",
     }
     # What was asked for by name skips nothing.
     assert plan(**{**CALL, "machine": GPUS[90]}, backend="blas").skipped == ()
-    for name in planner.MISSING:
-        with pytest.raises(
-            ValueError,
-            match=f"backend='{name}': no op calls the .* kernels yet; available: reference, blas, triton",
-        ):
+    for name in planner.FUSED:
+        with pytest.raises(ValueError, match=f"backend='{name}' cannot run this call: it needs a GPU"):
             plan(**CALL, backend=name)
-    with pytest.raises(ValueError, match="backend: expected one of auto, reference, blas, triton, got 'mkl'"):
+    with pytest.raises(ValueError, match="backend: expected one of auto, reference, blas, triton, cuda, got 'mkl'"):
         plan(**CALL, backend="mkl")
+
+
+@pytest.mark.parametrize("op", ["attention", "transformer"])
+@pytest.mark.parametrize("arch", GPUS)
+def test_groups_of_sequences(arch, op):
+    """A sequence fits in its group, short ones share it; scratch of both passes is within the budget, or it is blas."""
+    call = {**CALL, **ATTENTION, "op": op, "machine": GPUS[arch]}
+    for tokens, features, rows in ((1, 64, 64), (48, 64, 64), (64, 64, 64), (65, 128, 128), (128, 128, 128)):
+        for budget in (1 << 10, 64 << 20, 512 << 20):
+            changed = {"tokens": tokens, "features": features, "heads": features // 32, "scratch_budget": budget}
+            p = plan(**{**call, **changed}, backend="triton")
+            assert p.forward_tile.rows == rows >= tokens
+            assert p.forward_tile.shared <= GPUS[arch].shared_memory
+            forward = p.forward_programs * kernel_tiles._scratch(p.forward_tile, features, kernel_tiles.FORWARD_SLOTS)
+            assert p.forward_programs == 1 or forward <= budget
+            if p.backward == "triton":
+                assert p.backward_tile.rows == rows
+                assert p.scratch_bytes <= budget
+                assert p.chunk_rows % rows == 0 < p.chunk_rows
+            else:
+                assert dict(p.skipped)["triton in backward"].startswith("backward ")
+    text = str(plan(**{**call, "scratch_budget": 512 << 20}, backend="triton"))
+    assert "one launch, groups of 64 rows, " in text
+    assert "heads of 32 features" in text
+    assert ("hidden features" in text) == (op == "transformer")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"tokens": 129}, r"N = 129 is longer than the sequences of its kernels \(128 at most\)"),
+        ({"features": 512}, "D = 512 with heads of 256 features does not fit in registers for N = 48"),
+        ({"dtype": "float64"}, "float64 is computed by blas"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("op", ["attention", "transformer"])
+def test_sequences_that_triton_refuses(op, changes, reason):
+    changes = {"op": op, **changes}
+    with pytest.raises(ValueError, match=f"backend='triton' cannot run this call: {reason}"):
+        plan(**{**CALL, **ATTENTION, "machine": GPUS[90], **changes}, backend="triton")
 
 
 def test_planning_needs_no_torch():
     code = (
         "import sys, json; sys.modules['torch'] = None; from score_kernels.planner import plan;"
         "from score_kernels.planner import Machine; import dataclasses; given = json.loads(sys.argv[1]);"
-        "given['machine'] = Machine(**given['machine'], verified=frozenset({90}));"
+        "given['machine'] = Machine(**given['machine'], verified=frozenset({('triton', 90)}));"
         "print(json.dumps(dataclasses.asdict(plan(**given))))"
     )
     machine = dataclasses.asdict(GPUS[90])
@@ -167,9 +244,28 @@ def test_explain_tells_the_plans_of_all_calls_in_order():
     assert [(p.op, p.backend, p.device, p.dtype, p.iterations) for p in found] == [
         ("linear", "blas", "cpu", "float32", 4), ("mlp", "blas", "cpu", "float32", 9),
     ]  # fmt: skip
-    assert str(found) == "\n\n".join(str(p) for p in found)
+    assert found.blocks == ("0 (ScoreLinear)", "2 (ScoreMLP)")
+    assert str(found) == f"0 (ScoreLinear)\n{found[0]}\n\n2 (ScoreMLP)\n{found[1]}"
     assert not sk.explain(torch.nn.Linear(D, D), draw(5, D))
     assert str(sk.explain(torch.nn.Linear(D, D), draw(5, D))) == "no score_kernels op was called"
+
+
+def test_explain_names_the_innermost_block_and_leaves_no_hook():
+    class Own(torch.nn.Module):
+        def forward(self, x):
+            return call("linear", self.inner(x), parameters("linear"))
+
+    model = torch.nn.Sequential(Own(), torch.nn.Sequential(*layers(3, D), torch.nn.Linear(D, 3)))
+    sk.convert(model)
+    model[0].inner = sk.ScoreLinear(D)
+    found = sk.explain(model, draw(5, D))
+    assert found.blocks == ("0.inner (ScoreLinear)", "0 (Own)", "the model (FusedSequential)")
+    assert not any(module._forward_hooks for module in model.modules())
+    assert sk.explain(sk.ScoreLinear(D), draw(5, D)).blocks == ("the model (ScoreLinear)",)
+    assert sk.explain(lambda x: model(x), draw(5, D)).blocks == ("", "", "")
+    with pytest.raises(ValueError, match="expected"):
+        sk.explain(model, draw(5, D + 1))
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_explain_of_a_function_with_its_arguments():
@@ -349,11 +445,11 @@ def test_tf32_is_for_those_who_allow_it():
 
 def test_auto_takes_triton_on_verified_architectures_only():
     given = triton_call(("mlp", 1), 64, GPUS[90])
-    assert not planner.VERIFIED, "an architecture needs committed results"
+    assert not VERIFIED_HERE, "an architecture needs committed results"
     assert plan(**given).backend == "blas"
     assert plan(**given, backend="triton").backend == "triton"
     assert plan(**{**given, "machine": VERIFIED[90]}).backend == "triton"
-    other = dataclasses.replace(GPUS[90], verified=frozenset({80, 100}))
+    other = dataclasses.replace(GPUS[90], verified=frozenset({("triton", 80), ("triton", 100), ("cuda", 90)}))
     assert plan(**{**given, "machine": other}).backend == "blas"
     assert "capability 9.0" in dict(plan(**{**given, "machine": other}).skipped)["triton"]
 
@@ -414,9 +510,10 @@ def test_triton_stays_within_the_scratch_budget_and_uses_it(iterations, stages):
             assert found.chunk_rows % tile == 0
             # By hand: g, dL/dx0, dL/dz, dL/dS, dL/dx of each program; the parts of a weight gradient, before they are added.
             fixed = found.programs * 5 * tile * 64 * 4 + found.parts * 64 * 128 * 4
-            # Of each stage: x, g, w u and dz in 16 bits, its input, 5 scalars; of an iteration, 2 scales; h_T.
-            stage = (2 * 64 + 2 * 128) * 2 + 64 * 4 + 5 * 4
-            row = iterations * (stages * stage + 2 * 4) + 64 * 4
+            # Of each stage: x, g, w u and dz in 16 bits, its input, 5 scalars, again in float64 while they are summed; of an
+            # iteration, 2 scales; h_T.
+            stage = (2 * 64 + 2 * 128) * 2 + 64 * 4 + 5 * (4 + 8)
+            row = iterations * (stages * stage + 2 * (4 + 8)) + 64 * 4
             assert found.scratch_bytes == fixed + found.chunk_rows * row
             assert fixed + (found.chunk_rows + tile) * row > budget
 
@@ -429,3 +526,148 @@ def test_a_triton_plan_prints_as_a_table():
     assert f"tiles of {tile.rows} rows x {tile.hidden} hidden features, {tile.warps} warps" in lines["forward"]
     assert f"{found.chunk_rows} rows a launch" in lines["backward"]
     assert f"{found.programs} programs" in lines["backward"]
+
+
+def cuda_kernels(arch: int, shared: int = 100_000, directions=("forward",)):
+    """As csrc/ has them: two dtypes, two widths, ungated and gated mlp."""
+    sizes = itertools.product(directions, ("float16", "bfloat16"), (64, 128), (False, True))
+    return tuple(
+        Kernel(index, direction, "mlp", arch, dtype, columns, gated, ("relu", "gelu"), 64, 128, 384, shared, 4)
+        for index, (direction, dtype, columns, gated) in enumerate(sizes)
+    )
+
+
+def cuda_machine(verified=(("cuda", 90), ("triton", 90)), **changes):
+    return dataclasses.replace(
+        GPUS[90], **{"cuda": None, "kernels": cuda_kernels(90), "verified": frozenset(verified), **changes}
+    )
+
+
+@pytest.mark.parametrize("features", [1, 63, 64, 65, 128])
+@pytest.mark.parametrize("gated", [False, True])
+def test_cuda_has_the_narrowest_kernel(features, gated):
+    given = triton_call(("gated mlp" if gated else "mlp", 1), features, cuda_machine(), activation="gelu")
+    for backend in ("auto", "cuda"):
+        found = plan(**given, backend=backend)
+        assert (found.backend, found.skipped) == ("cuda", found.skipped)
+        kernel = found.kernel
+        assert (kernel.dtype, kernel.columns, kernel.gated) == ("bfloat16", 64 if features <= 64 else 128, gated)
+        # Backward is Triton's, with the tiles of a call that is Triton's altogether.
+        of_triton = plan(**given, backend="triton")
+        assert of_triton.kernel is None
+        assert dataclasses.replace(found, backend="triton", kernel=None, skipped=of_triton.skipped) == of_triton
+        assert dict(found.skipped)["cuda in backward"].endswith("that runs backward here")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"machine": cuda_machine(cuda="for a test's reason")}, "for a test's reason"),
+        ({"stages": 2}, "its kernels are for one stage: Euler's, or replace"),
+        ({"activation": "silu"}, "it has no kernel of mlp with silu that runs forward here"),
+        ({"op": "linear", "hidden": 64}, "it has no kernel of linear with relu that runs forward here"),
+        ({"dtype": "float32"}, "its kernels are for bfloat16 and float16, not for float32"),
+        ({"features": 129}, r"D = 129 is wider than its kernels \(128 at most\)"),
+        (
+            {"machine": cuda_machine(kernels=cuda_kernels(90, 300_000))},
+            "it needs 300000 bytes of shared memory, this device has 232448",
+        ),
+    ],
+    ids=["machine", "stages", "activation", "op", "dtype", "width", "shared memory"],
+)
+def test_cuda_refuses_with_the_reason(changes, reason):
+    given = triton_call(("mlp", 1), 64, cuda_machine())
+    assert plan(**given, backend="cuda").backend == "cuda"
+    with pytest.raises(ValueError, match=f"backend='cuda' cannot run this call: {reason}"):
+        plan(**{**given, **changes}, backend="cuda")
+    fallback = plan(**{**given, **changes})
+    assert fallback.backend == "triton"
+    assert [name for name, _ in fallback.skipped if name in planner.FUSED] == ["cuda"]
+    assert re.fullmatch(reason, dict(fallback.skipped)["cuda"])
+
+
+def test_auto_takes_what_is_verified():
+    expected = {(): "blas", ("triton",): "triton", ("cuda",): "cuda", ("cuda", "triton"): "cuda"}
+    for verified, backend in expected.items():
+        machine = cuda_machine(verified=[(name, 90) for name in verified])
+        found = plan(**triton_call(("mlp", 1), 64, machine))
+        assert found.backend == backend
+        assert found.backward == ("triton" if "triton" in verified else "blas")
+        assert plan(**triton_call(("mlp", 1), 64, machine), backend="cuda").backward == "triton"
+    assert "not triton in backward  no hardware results" in str(
+        plan(**triton_call(("mlp", 1), 64, cuda_machine([("cuda", 90)])))
+    )
+
+
+def test_a_cuda_plan_prints_as_a_table():
+    found = plan(**triton_call(("mlp", 1), 64, cuda_machine()))
+    lines = dict(line.split("  ", 1) for line in str(found).splitlines())
+    assert list(lines) == ["op", "backend", "device", "forward", "backward", "scratch", "not cuda in backward"]
+    blocks = "blocks of 128 rows x 64 hidden features, 384 threads, 98 KiB shared, compiled for sm_90"
+    assert lines["forward"].strip() == f"one launch, {blocks}"
+    assert lines["backward"].endswith("programs (triton)")
+    alone = plan(**triton_call(("mlp", 1), 64, cuda_machine(triton="not installed")))
+    assert (alone.backend, alone.backward) == ("cuda", "blas")
+    assert dict(alone.skipped)["triton in backward"] == "not installed"
+
+
+BOTH = cuda_kernels(90, directions=("forward", "backward"))
+
+
+@pytest.mark.parametrize("iterations", [1, 8, 64])
+def test_cuda_s_backward_stays_within_the_scratch_budget_and_uses_it(iterations):
+    for budget in (1 << 16, 4 << 20, 512 << 20):
+        given = triton_call(("mlp", 1), 100, cuda_machine(kernels=BOTH), iterations=iterations)
+        found = plan(**{**given, "scratch_budget": budget})
+        assert (found.backend, found.kernel.direction) == ("cuda", "forward")
+        # By hand: the parts of a weight gradient; of a row x, g, w u and dz in 16 bits and 7 scalars in each iteration, once
+        # more in float64 while they are summed, its states, and dL/dx0.
+        fixed, row = found.parts * 100 * 200 * 4, iterations * ((2 * 100 + 2 * 200) * 2 + 7 * 12) + (iterations + 2) * 100 * 4
+        if budget < fixed + 128 * row:
+            assert found.backward != "cuda"
+            assert (
+                dict(found.skipped)["cuda in backward"] == f"not even one block of rows has its scratch within {budget} bytes"
+            )
+            continue
+        assert (found.backward, found.backward_kernel.direction, found.backward_kernel.columns) == ("cuda", "backward", 128)
+        assert found.chunk_rows % 128 == 0
+        assert found.scratch_bytes == fixed + found.chunk_rows * row
+        assert found.scratch_bytes <= budget < found.scratch_bytes + 128 * row
+    assert f"backward  {found.chunk_rows} rows a launch, blocks of 128 rows" in str(found)
+
+
+# Those that accumulate the gradients of the weights stand last, so that it is not their place in the list that has them chosen.
+ACCUMULATING = (
+    *BOTH,
+    *(dataclasses.replace(k, accumulates=True, index=len(BOTH)) for k in BOTH if k.direction == "backward" and not k.gated),
+)
+
+
+@pytest.mark.parametrize(
+    ("features", "hidden", "changes", "accumulates"),
+    [
+        (64, 64, {}, True),
+        (1, 1, {}, True),
+        (65, 128, {}, True),
+        (128, 65, {}, True),
+        (64, 65, {}, False),
+        (128, 64, {}, False),
+        (128, 129, {}, False),
+        (64, 64, {"sets": 2}, False),
+        (64, 64, {"gated": True}, False),
+    ],
+)
+def test_one_set_of_weights_as_wide_as_the_features_needs_no_ring(features, hidden, changes, accumulates):
+    machine = cuda_machine(kernels=ACCUMULATING)
+    call = {**triton_call(("mlp", 1), features, machine), "hidden": hidden, "scratch_budget": 512 << 20, **changes}
+    found = plan(**call)
+    kernel = found.backward_kernel
+    assert (kernel.accumulates, kernel.columns) == (accumulates, 64 if features <= 64 else 128)
+    assert ("weight gradients in registers" in str(found)) == accumulates
+    if accumulates:
+        # By hand: two products and four parts of their sums for each multiprocessor; of a row 7 scalars, the states, dL/dx0.
+        fixed, steps = 132 * 2 * (kernel.columns + 4) * kernel.columns * 4, call["iterations"]
+        row = steps * 7 * 12 + (steps + 2) * features * 4
+        assert found.programs == 132
+        assert found.scratch_bytes == fixed + found.chunk_rows * row
+        assert found.scratch_bytes <= call["scratch_budget"] < found.scratch_bytes + 128 * row

@@ -103,6 +103,17 @@ def test_table_is_differentiable_in_dt(solver, update):
         assert torch.autograd.gradcheck(lambda x: table(x, 3, update, solver), (dt,))
 
 
+def test_failure_case_27_a_table_that_is_kept_is_never_dropped(monkeypatch):
+    """A CUDA graph that recorded a call reads it at every replay."""
+    kept = table(0.123)
+    monkeypatch.setattr(stages, "MOST_KEPT", len(stages._KEPT) + 2)
+    others = [table(dt / 64) for dt in range(64)]
+    assert table(0.123) is kept
+    assert table(0.0) is others[0]
+    assert table(63 / 64) is not others[63]
+    assert torch.equal(table(63 / 64), others[63])
+
+
 @pytest.mark.parametrize("solver", stages.SOLVERS)
 def test_tiles_of_state_that_a_solver_says_it_needs(solver):
     """A backend keeps z and S only if these say so: their coefficients are zero where they say no."""

@@ -5,6 +5,8 @@ Not bfloat16: the interpreter's products of it are wrong. Nor tf32, which it com
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from cases import F64, assert_same_bits, build, call, gradients, laid_out, planned
@@ -12,7 +14,8 @@ from kernels import Kernels, both_ops, error, one_element_off, random_shapes
 from row_wise import EVERYTHING
 from triton.runtime import interpreter
 
-from score_kernels.triton_kernels import ring, tables
+from score_kernels import pointers
+from score_kernels.triton_kernels import launch, ring
 from score_kernels.triton_kernels.configs import INTERPRETED
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the same tests on this machine's GPU")
@@ -61,14 +64,23 @@ def test_only_gradients_that_need_a_product_take_one(op, monkeypatch):
 def test_failure_case_27_the_table_of_a_graph_is_made_without_a_copy(op, monkeypatch):
     """What capture asks for, on any device: the same table, in memory of its own each time."""
     rows, device = ((0, 2**47 + 16, 48), (2**63 - 1, 0, 1)), torch.device("cpu")
-    copied, case = tables._pointers(rows, device), build(op, **EVERYTHING[op], dtype=torch.float32)
-    expected, copies = gradients(case, "triton"), tables._copied.cache_info()
-    monkeypatch.setattr(tables, "_capturing", lambda device: True)
-    first, second = (tables._pointers(rows, device) for _ in range(2))
+    copied, case = pointers._table(rows, device), build(op, **EVERYTHING[op], dtype=torch.float32)
+    expected, copies = gradients(case, "triton"), pointers._copied.cache_info()
+    monkeypatch.setattr(pointers, "capturing", lambda device: True)
+    first, second = (pointers._table(rows, device) for _ in range(2))
     assert torch.equal(first, copied)
     assert len({x.data_ptr() for x in (copied, first, second)}) == 3
     assert_same_bits(gradients(case, "triton"), expected)
-    assert tables._copied.cache_info() == copies
+    assert pointers._copied.cache_info() == copies
+
+
+def test_failure_case_27_the_table_that_is_kept_is_made_on_a_thread_of_its_own(monkeypatch):
+    """Before torch.compile records a graph it gives the graph's memory to its thread, and refuses what is still alive there."""
+    threads, made = [], torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *a, **named: (threads.append(threading.get_ident()), made(*a, **named))[1])
+    pointers._table(((1, 2, 3),), torch.device("cpu"))
+    assert threads
+    assert threading.get_ident() not in threads
 
 
 @both_ops
@@ -99,13 +111,13 @@ class TestInterpreter(Kernels):
     @pytest.mark.parametrize("sets", ["1", "2 stacked", "3 list", "T stacked"])
     def test_failure_case_05_addresses_in_the_table_are_aligned(self, op, sets, dtype, monkeypatch):
         """The compiler takes them for granted, which the interpreter would not notice."""
-        seen, original = [], tables._pointers
-        monkeypatch.setattr(tables, "_pointers", lambda rows, device: (seen.append(rows), original(rows, device))[1])
+        seen, original = [], pointers._table
+        monkeypatch.setattr(pointers, "_table", lambda rows, device: (seen.append(rows), original(rows, device))[1])
         case = laid_out(self.everything(op, dtype=dtype, sets=sets, iterations=4), one_element_off)
         addresses = {x.data_ptr() for x in case.leaves.values()}
-        assert any(address % tables.ALIGNMENT for address in addresses)
+        assert any(address % launch.ALIGNMENT for address in addresses)
         gradients(case, "triton")
         assert len(seen) >= 2, "forward and backward"
-        assert all(address % tables.ALIGNMENT == 0 for rows in seen for row in rows for address in row)
+        assert [address for rows in seen for row in rows for address in row if address % launch.ALIGNMENT] == []
         with torch.no_grad():
             assert torch.equal(call(case, "triton"), call(laid_out(case, torch.clone), "triton"))

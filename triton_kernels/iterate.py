@@ -27,6 +27,12 @@ class Static(NamedTuple):
     parameters: columns of the pointer table, the norm's gain and bias last; present: which of them are given.
     gain_float32: the norm's parameters are float32, not the operands' dtype. uses_z, uses_sum: what the solver needs beside y.
     records: states that the forward kernel keeps of an iteration: none, h_t, or the inputs of all stages.
+
+    Of an op on sequences, `rows` belong together, `tile` of them at a time, `slots` tiles of `rows` are scratch, and chunk is
+    the features of a head, padded. angles: of the rotary embedding. padding, mask: of keys, of pairs ("none", "boolean",
+    "additive"). packed: sequences of any lengths. several: sequences share the rows.
+
+    Of a transformer's half: where its norms are, "pre" or "post", and how many columns the other half has in the table.
     """
 
     features: int
@@ -54,6 +60,18 @@ class Static(NamedTuple):
     want_x0: bool = False
     want_scalars: bool = False
     want_parameters: bool = False
+    rows: int = 0
+    slots: int = 0
+    heads: int = 0
+    causal: bool = False
+    qk_norm: bool = False
+    angles: int = 0
+    padding: bool = False
+    mask: str = "none"
+    packed: bool = False
+    several: bool = False
+    placement: str = "none"
+    others: int = 0
 
 
 _SLOTS = tl.constexpr(SLOTS)
@@ -83,7 +101,7 @@ def gain(row, index: tl.constexpr, dtype, S: tl.constexpr):
 @triton.jit
 def table_row(table, t, iterations, sets, S: tl.constexpr):
     index = t % sets if S.cyclic else (t * sets) // iterations
-    return table + index * S.parameters, index
+    return table + index * (S.parameters + S.others), index
 
 
 @triton.jit
@@ -100,13 +118,19 @@ def whiten(y, eps, S: tl.constexpr):
 
 
 @triton.jit
-def affine(x, row, dtype, S: tl.constexpr):
-    """What follows `whiten` in a norm, rounded to an operand. The norm's parameters are the table's last two columns."""
+def scaled(x, row, dtype, S: tl.constexpr):
+    """What follows `whiten` in a norm. The norm's parameters are the table's last two columns."""
     if S.gain:
         x = x * gain(row, S.parameters - 2, dtype, S)[None, :]
     if S.norm_bias:
         x = x + gain(row, S.parameters - 1, dtype, S)[None, :]
-    return x.to(dtype)
+    return x
+
+
+@triton.jit
+def affine(x, row, dtype, S: tl.constexpr):
+    """`scaled`, rounded to an operand."""
+    return scaled(x, row, dtype, S).to(dtype)
 
 
 @triton.jit

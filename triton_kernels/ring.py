@@ -7,13 +7,16 @@ a fixed order, in float32.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from score_kernels.problem import Problem
+from score_kernels.pointers import NORM
+from score_kernels.problem import HALVES, LEADING, SHAPES, Problem, extent, in_half
+
+from .configs import SCALES
 
 
 class Layer(NamedTuple):
@@ -29,26 +32,72 @@ class Layer(NamedTuple):
     unscaled: bool = False
 
 
-# The norm's gain and bias. Where they stand before a layer, its right field is the normed state without them.
-NORM = ("norm_weight", "norm_bias")
+# Of each op: the fields of a record with their widths, in the order in which kernels write them; what they are for.
+FIELDS: dict[str, dict[str, str]] = {
+    "linear": {"x": "D", "da": "D"},
+    "mlp": {"x": "D", "g": "D", "u": "H", "dz": "H", "dgate": "H"},
+    "attention": {"x": "D", "g": "D", "u": "D", "dqkv": "3D"},
+}
+# Behind them, of a block whose norm follows it: what the gradients of the norm are sums of.
+NORM_FIELDS = {"dgain": "D", "dbias": "D"}
+LAYERS: dict[str, tuple[Layer, ...]] = {
+    "linear": (Layer("weight", "bias", "da", "x"),),
+    "mlp": (
+        Layer("w1", "b1", "dz", "x"),
+        Layer("w2", "b2", "g", "u", unscaled=True),
+        Layer("w_gate", "b_gate", "dgate", "x"),
+    ),
+    "attention": (Layer("w_qkv", "b_qkv", "dqkv", "x"), Layer("w_out", "b_out", "g", "u", unscaled=True)),
+}
+
+# No layers, but biases as theirs: sums.
+NORM_LAYERS = (Layer("", "norm_weight", "dgain", ""), Layer("", "norm_bias", "dbias", ""))
+
+# Where the norm's gain and bias stand before a layer, its right field is the normed state without them.
 NORMED = "x"
 
 # A part of a product has at least so many rows, that it costs more than to add it up.
 PART_ROWS = 256
 
 
+def wanted_parameters(problem: Problem, needs: Sequence[bool]) -> set[str]:
+    """The names of the parameters that want a gradient, by the flags of all inputs."""
+    names = [name for name, tensors in problem.parameters.items() for _ in tensors]
+    return {name for name, need in zip(names, needs[LEADING:], strict=False) if need}
+
+
+def rings(problem: Problem, wanted: set[str], rows: int, parts: int) -> dict[str, Ring]:
+    """Of the op, or of each half of a transformer."""
+    if problem.op != "transformer":
+        return {problem.op: Ring(problem, wanted, rows, parts)}
+    post, made = problem.options.norm_placement == "post", {}
+    for op in HALVES:
+        names = {name for name in SHAPES[op] if in_half(op, name) in wanted}
+        # What reaches attention has w in it, of the mlp as well where a norm is between the update and it.
+        made[op] = Ring(problem.half(op), names, rows, parts, follows=post, weighted=post or op == "attention")
+    return made
+
+
 class Ring:
-    """fields: name -> width, in the order in which the kernel writes them. wanted: names of parameters. parts: of a product."""
+    """wanted: names of parameters. rows: of a launch, at most. parts: of a product. follows: whether the norm follows the
+    block. weighted: whether g is w g already."""
 
     def __init__(
-        self, problem: Problem, fields: dict[str, int], layers: tuple[Layer, ...], wanted: set[str], rows: int, parts: int
+        self, problem: Problem, wanted: set[str], rows: int, parts: int, follows: bool = False, weighted: bool = False
     ) -> None:
+        width = {"D": problem.features, "H": problem.hidden}
+        every_field = FIELDS[problem.op] | (NORM_FIELDS if follows else {})
+        fields = {name: extent(w, width) for name, w in every_field.items() if name != "dgate" or problem.gated}
+        every_layer = (e for e in (*LAYERS[problem.op], *NORM_LAYERS) if e.left in fields)
+        layers = [e._replace(unscaled=e.unscaled and not weighted) for e in every_layer]
         self.problem, self.parts, self.fields, self.wanted = problem, parts, fields, wanted
-        self.iterations, self.stages = problem.iterations - problem.first_grad, problem.coefficients.shape[1]
+        # The right field that the norm's gain and bias stand before.
+        self.normed = None if follows else NORMED
+        self.iterations, self.stages = problem.iterations - problem.first_grad, problem.stages
         before = wanted.intersection(NORM)
-        self.layers = [e for e in layers if {e.weight, e.bias} & wanted or (e.right == NORMED and before)]
+        self.layers = [e for e in layers if {e.weight, e.bias} & wanted or (e.right == self.normed and before)]
         # A gain needs the products of the layers that it stands before; biases need sums only.
-        multiplied = [e for e in self.layers if e.weight in wanted or (e.right == NORMED and "norm_weight" in wanted)]
+        multiplied = [e for e in self.layers if e.weight in wanted or (e.right == self.normed and "norm_weight" in before)]
         size = self.iterations * self.stages * rows * sum(fields.values()) if self.layers else 0
         self.records = problem.h.new_empty(size)
 
@@ -56,20 +105,31 @@ class Ring:
             return torch.zeros(problem.sets, *shape, dtype=torch.float32, device=problem.h.device)
 
         self.products = {e.weight: zeros(fields[e.left], fields[e.right]) for e in multiplied}
-        self.sums = {e.weight: zeros(fields[e.left]) for e in self.layers}
+        self.sums = {e.bias: zeros(fields[e.left]) for e in self.layers}
 
     def add(self, rows: int) -> None:
         """Adds what a launch of so many rows wrote."""
         views = dict(zip(self.fields, self._views(rows), strict=True))
         scale = self.problem.coefficients[self.problem.first_grad :, :, 3, None].float()
         for layer, index in itertools.product(self.layers, range(self.problem.sets)):
-            left, right = views[layer.left], views[layer.right]
+            left = views[layer.left]
             for block in self._blocks(index):
                 if layer.weight in self.products:
-                    product = _product(left[block].flatten(0, 2), right[block].flatten(0, 2), self.parts)
+                    product = _product(left[block].flatten(0, 2), views[layer.right][block].flatten(0, 2), self.parts)
                     self.products[layer.weight][index] += product
                 sums = left[block].sum(2, dtype=torch.float32)
-                self.sums[layer.weight][index] += (sums * scale[block] if layer.unscaled else sums).sum((0, 1))
+                self.sums[layer.bias][index] += (sums * scale[block] if layer.unscaled else sums).sum((0, 1))
+
+    def add_partials(self, sums: Tensor) -> None:
+        """Adds what blocks that accumulate have summed, of mlp with one set: (2, columns + 4, columns), see csrc/params.h."""
+        columns, hidden, features = sums.shape[2], self.problem.hidden, self.problem.features
+        widths, products = (hidden, features), sums[:, :hidden, :features]
+        every = zip((1, 2), widths, sums[:, columns:].sum(1), (products[0], products[1].mT), strict=True)
+        for layer, width, total, product in every:
+            if f"w{layer}" in self.products:
+                self.products[f"w{layer}"] += product
+            if f"b{layer}" in self.sums:
+                self.sums[f"b{layer}"] += total[:width]
 
     def gradients(self) -> dict[str, Tensor]:
         """Gradients of the wanted parameters, (L, ...), by name.
@@ -79,9 +139,9 @@ class Ring:
         """
         found: dict[str, Tensor] = {}
         for layer in self.layers:
-            product, total = self.products.get(layer.weight), self.sums[layer.weight]
+            product, total = self.products.get(layer.weight), self.sums[layer.bias]
             found[layer.bias] = total
-            if layer.right == NORMED:
+            if layer.right == self.normed:
                 weight = torch.stack(self.problem.parameters[layer.weight]).float()
                 found["norm_bias"] = found.get("norm_bias", 0) + (weight * total[:, :, None]).sum(1)
                 if product is not None:
@@ -113,6 +173,32 @@ class Ring:
         if found and found[-1] - found[0] == len(found) - 1:
             return [slice(found[0], found[-1] + 1)]
         return [slice(t, t + 1) for t in found]
+
+
+def collected(
+    problem: Problem,
+    needs: Sequence[bool],
+    grad_h: Tensor,
+    grad_x0: Tensor | None,
+    scalars: Tensor,
+    parameters: dict[str, Tensor],
+) -> list[Tensor]:
+    """The gradients that are wanted, in the order and dtypes of the inputs. scalars: (T, stages x 5 + 2)."""
+    leading = (problem.h, problem.x0, problem.coefficients, problem.state_scale, problem.x0_scale)
+    table = scalars[:, :-SCALES].unflatten(1, (-1, 5))
+    found = [
+        gradient.to(like.dtype).view(like.shape)
+        for need, gradient, like in zip(needs, (grad_h, grad_x0, table, scalars[:, -2], scalars[:, -1]), leading, strict=False)
+        if need and like is not None and gradient is not None
+    ]
+    flags = iter(needs[LEADING:])
+    for name, tensors in problem.parameters.items():
+        for index, parameter in enumerate(tensors):
+            if next(flags):
+                sets = parameters[name]
+                # Copies: an operator's outputs must not share memory.
+                found.append((sets[index] if len(tensors) > 1 else sets.sum(0)).to(parameter.dtype, copy=True))
+    return found
 
 
 def _product(left: Tensor, right: Tensor, parts: int) -> Tensor:

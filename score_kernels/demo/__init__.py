@@ -54,18 +54,15 @@ def run(quick: bool = False, seed: int = 0) -> int:
 
 
 def _closing(console: Console) -> None:
-    from score_kernels.planner import MISSING
-
     from .screen import paragraph
 
     console.rule("What a GPU would add")
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in MISSING.items())
     paragraph(
         console,
-        "Triton kernels that run all T iterations in one launch, the state staying on the chip. They pass the tests in "
-        "Triton's interpreter and compile for GPUs, but were never run on one: until results from hardware are committed, "
-        "tensors on a GPU are computed there by the same blas backend, that is by PyTorch's own products, unless "
-        f"backend='triton' is asked for. Nothing above says how fast they are. Missing: {reasons}. `python -m score_kernels "
-        "doctor` tells what this machine has; TRITON_INTERPRET=1 and --quick make this demo check the Triton kernels too, "
-        "for many minutes.",
+        "Triton and CUDA kernels that run all T iterations in one launch, the state staying on the chip. They pass their tests "
+        "on a CPU, by Triton's interpreter and an emulation, and compile for GPUs, but were never run on one: until results "
+        "from hardware are committed, tensors on a GPU are computed there by the same blas backend, that is by "
+        "PyTorch's own products, unless backend='triton' or 'cuda' is asked for. Nothing above says how fast they are. "
+        "`python -m score_kernels doctor` tells what this machine has; TRITON_INTERPRET=1 and --quick make this demo check the "
+        "Triton kernels too, for many minutes.",
     )

@@ -3,7 +3,7 @@
 #include <cute/atom/mma_atom.hpp>
 #include <cute/tensor.hpp>
 
-#include "forward.cuh"
+#include "iterate.cuh"
 
 using namespace cute;
 using Element = cutlass::bfloat16_t;
@@ -16,7 +16,7 @@ static void check(bool holds, char const* what) {
 
 static int row_of(int i, int thread) { return thread / 32 * 16 + thread % 32 / 4 + 8 * score::half_of(i); }
 
-// Registers of the accumulator of a 64 x N product are where forward.cuh says, and in pairs, in their order, the A operand of
+// Registers of the accumulator of a 64 x N product are where iterate.cuh says, and in pairs, in their order, the A operand of
 // the next product, whose depth is N.
 template <int N, class Produced, class Next>
 void fragments(Produced produced, Next next, char const* name) {
@@ -79,11 +79,54 @@ void swizzle() {
   }
 }
 
+// What the threads of a group write of an operand in shared memory: each pair of its columns once, where wgmma reads it.
+template <int K>
+struct Operand {
+  using Element = ::Element;
+  static constexpr int kColumns = K;
+  static constexpr bool kAccumulates = false;
+};
+
+template <int K>
+void shared_operand() {
+  using Atom = GMMA::Layout_K_SW128_Atom<Element>;
+  auto const tile = as_position_independent_swizzle_layout(tile_to_shape(Atom{}, Shape<_64, Int<K>>{}));
+  static std::uint32_t pairs[64 * K / 2];                          // 0 before it is written
+  auto const name = [](int row, int column) { return static_cast<std::uint32_t>(row * K + column + 1); };
+  for (int thread = 0; thread < 128; ++thread) {
+    score::SharedOperand<Operand<K>> x(reinterpret_cast<Element*>(pairs), thread);
+    for (int i = 0; i < K / 2; i += 2) {
+      int const row = row_of(i, thread), column = score::column_of(i, thread % 32);
+      check(pairs[tile(row, column) / 2] == 0, "an operand's pair is written once");
+      x.write(i, name(row, column));
+    }
+  }
+  for (int row = 0; row < 64; ++row) {
+    for (int column = 0; column < K; column += 2) {
+      check(tile(row, column) % 2 == 0 && tile(row, column + 1) == tile(row, column) + 1, "an operand's pair is a word");
+      check(pairs[tile(row, column) / 2] == name(row, column), "an operand's pair is where wgmma reads it");
+    }
+  }
+}
+
+// The same tile, K x N, is the operand N x K of the products that read it transposed.
+template <int N, int K>
+void transposed() {
+  using Atom = conditional_t<N % 64 == 0, GMMA::Layout_MN_SW128_Atom<Element>, GMMA::Layout_MN_SW64_Atom<Element>>;
+  auto const tile = as_position_independent_swizzle_layout(tile_to_shape(Atom{}, Shape<Int<N>, Int<K>>{}, Step<_2, _1>{}));
+  for (int n = 0; n < N; ++n)
+    for (int k = 0; k < K; ++k) check(score::swizzled(k, n, K, N) == tile(n, k), "the swizzle, transposed");
+}
+
 int main() {
   fragments_of_wgmma<32>(), fragments_of_wgmma<64>(), fragments_of_wgmma<128>(), fragments_of_wgmma<256>();
   fragments_of_mma<32>(), fragments_of_mma<64>(), fragments_of_mma<128>();
   operand_of_ldmatrix();
-  swizzle<64, 64>(), swizzle<128, 64>(), swizzle<64, 128>(), swizzle<32, 128>(), swizzle<128, 32>(), swizzle<64, 256>();
+  swizzle<64, 64>(), swizzle<128, 64>(), swizzle<64, 128>(), swizzle<32, 128>(), swizzle<128, 32>();
+  swizzle<64, 256>(), swizzle<32, 256>(), swizzle<256, 32>();
+  transposed<64, 64>(), transposed<128, 64>(), transposed<64, 128>(), transposed<32, 128>(), transposed<128, 32>();
+  transposed<64, 32>(), transposed<32, 64>();
+  shared_operand<256>();
   std::printf(wrong ? "%d wrong\n" : "all layouts hold\n", wrong);
   return wrong != 0;
 }

@@ -1,0 +1,16 @@
+#include "instantiate.cuh"
+#include "mlp_backward.cuh"
+#include "sm90.cuh"
+
+namespace score {
+namespace {
+
+[[maybe_unused]] bool const added[] = {
+    add<Sm90, Op::mlp, 64, 64, false, Backward>(),
+    add<Sm90, Op::mlp, 64, 32, true, Backward>(),
+    add<Sm90, Op::mlp, 128, 64, false, Backward>(),
+    add<Sm90, Op::mlp, 128, 32, true, Backward>(),
+};
+
+}  // namespace
+}  // namespace score

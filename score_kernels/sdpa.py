@@ -1,0 +1,148 @@
+"""Scaled dot-product attention for `blas`: softmax(scale q k^T + mask) v, and its gradient by hand.
+
+Shapes: q, k, v (B, heads, N, d), their last dimension contiguous; mask broadcastable to (B, heads, N, N), added, in q's
+dtype, -inf where a key takes no part. What is kept for backward is the logsumexp of the scores, (B, heads, N); of short
+sequences the weights, (B, heads, N, N). A row with nothing to attend to gives 0, and zero gradients. No (N, N) matrix of all
+heads exists at a time beyond the scratch budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .settings import scratch_budget
+
+aten = torch.ops.aten
+
+# Matrices as large as the scores that exist at a time in backward.
+_SCORES = 3
+
+# On a CPU sequences of so many tokens are faster by products of whole matrices than by torch's kernel.
+_SHORT = 64
+
+
+def short(features: int, device: str) -> int:
+    """The most tokens of sequences that keep their weights: a row of a head at most four times its features."""
+    return min(_SHORT, 4 * features) if device == "cpu" else 0
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """out, and the logsumexp or the weights"""
+    if q.shape[2] <= short(q.shape[3], q.device.type):
+        return whole(q, k, v, mask, causal, scale)
+    if q.device.type != "cpu":
+        return chunked(q, k, v, mask, causal, scale)
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    # Without a mask torch takes a row of NaN scores for one with nothing to attend to.
+    if mask is None and bool((lse == 0).any()):
+        out += q.sum(-1, keepdim=True) * 0
+    return out, lse
+
+
+def backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dL/dq, dL/dk, dL/dv from g = dL/dout."""
+    if q.shape[2] <= short(q.shape[3], q.device.type):
+        return whole_backward(g, q, k, v, kept, scale)
+    if q.device.type != "cpu":
+        return chunked_backward(g, q, k, v, out, kept, mask, causal, scale)
+    found: tuple[Tensor, Tensor, Tensor] = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        g, q, k, v, out, kept, 0.0, causal, attn_mask=mask, scale=scale
+    )
+    return found
+
+
+def whole(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """`forward` with all scores at a time; it keeps the weights."""
+    shape = *q.shape[:3], k.shape[2]
+    scores = q.new_empty(shape)
+    scores.flatten(0, 1).baddbmm_(_batch(q), _batch(k).mT, beta=0, alpha=scale)
+    if mask is not None:
+        scores += mask
+    if causal:
+        scores.masked_fill_(_later(scores), -torch.inf)
+    weights = torch.softmax(scores, -1) if mask is None else torch._safe_softmax(scores, -1)
+    return torch.bmm(weights.flatten(0, 1), _batch(v)).view(q.shape), weights
+
+
+def whole_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`backward`, likewise: with P the weights, dv = P^T g and dS = P (dP - <P, dP>), dP = g v^T."""
+    g, weights = _batch(g), weights.flatten(0, 1)
+    dweights = torch.bmm(g, _batch(v).mT)
+    dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+    dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
+    dq.flatten(0, 1).baddbmm_(dscores, _batch(k), beta=0, alpha=scale)
+    dk.flatten(0, 1).baddbmm_(dscores.mT, _batch(q), beta=0, alpha=scale)
+    dv.flatten(0, 1).baddbmm_(weights.mT, g, beta=0)
+    return dq, dk, dv
+
+
+def _batch(x: Tensor) -> Tensor:
+    """(B, heads, N, d) as (B heads, N, d), contiguous"""
+    return x.contiguous().flatten(0, 1)
+
+
+def chunked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """`forward` in torch's ordinary operators: the scores of as many query rows at a time as the scratch has room for."""
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1])
+    for rows, keys in _chunks(q, causal):
+        scores = _scores(q, k, mask, causal, scale, rows, keys)
+        # 0 where nothing takes part, so that exp(-inf - lse) is 0.
+        lse[:, :, rows] = torch.logsumexp(scores, -1)
+        lse[:, :, rows].masked_fill_(lse[:, :, rows] == -torch.inf, 0)
+        out[:, :, rows] = scores.sub_(lse[:, :, rows, None]).exp_() @ v[:, :, keys]
+    return out, lse
+
+
+def chunked_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`backward`, likewise: with P the weights, dv = P^T g and dS = P (g v^T - <g, out>)."""
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for rows, keys in _chunks(q, causal):
+        weights = _scores(q, k, mask, causal, scale, rows, keys).sub_(lse[:, :, rows, None]).exp_()
+        dv[:, :, keys] += weights.mT @ g[:, :, rows]
+        dscores = g[:, :, rows] @ v[:, :, keys].mT
+        dscores.sub_((g[:, :, rows] * out[:, :, rows]).sum(-1, keepdim=True)).mul_(weights).mul_(scale)
+        dq[:, :, rows] = dscores @ k[:, :, keys]
+        dk[:, :, keys] += dscores.mT @ q[:, :, rows]
+    return dq, dk, dv
+
+
+def relative(mask: Tensor, causal: bool) -> Tensor:
+    """The mask less the largest value of a row that takes part, which changes no weight.
+
+    With a sentinel as -1e9 in all of a row, the logsumexp would swallow the scores, and the number of keys.
+    """
+    if causal:
+        tokens = mask.shape[-1]
+        mask = mask.masked_fill(_later(mask.expand(*mask.shape[:-2], tokens, tokens)), -torch.inf)
+    largest = mask.amax(-1, keepdim=True)
+    return mask - largest.masked_fill_(largest == -torch.inf, 0)
+
+
+def _chunks(q: Tensor, causal: bool) -> Iterator[tuple[slice, slice]]:
+    """Query rows, and the keys that they can see."""
+    batch, heads, tokens, _ = q.shape
+    step = max(scratch_budget(q.device.type) // (_SCORES * batch * heads * tokens * q.element_size()), 1)
+    for start in range(0, tokens, step):
+        stop = min(start + step, tokens)
+        yield slice(start, stop), slice(0, stop if causal else tokens)
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, rows: slice, keys: slice) -> Tensor:
+    scores = (q[:, :, rows] * scale) @ k[:, :, keys].mT
+    if mask is not None:
+        scores += mask[:, :, rows if mask.shape[2] > 1 else slice(None), keys if mask.shape[3] > 1 else slice(None)]
+    if causal:
+        scores.masked_fill_(_later(scores, rows.start), -torch.inf)
+    return scores
+
+
+def _later(scores: Tensor, first: int = 0) -> Tensor:
+    """(rows, keys): which keys come after the row; first: the first row's place."""
+    return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(first + 1)
