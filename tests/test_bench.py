@@ -353,7 +353,7 @@ def test_compiled_provider_reports_its_compile_time():
     row = rows_of(PROVIDERS["torch_compile"], case=replace(TINY, iterations=1))["torch_compile"]
     assert (row["status"], row["error"]) == ("ok", None)
     # A compiled kernel is called in microseconds; what is compiled again in a timed call would show as a second or so.
-    assert row["compile_ms"] > 20 * max(row["samples"])
+    assert row["compile_ms"] > 4 * max(row["samples"])
     assert row["speedup_vs_eager"] is None
 
 

@@ -66,7 +66,7 @@ def test_compare_interleaves_and_times_only_the_run():
     calls: list[str] = []
 
     def prepare() -> str:
-        time.sleep(0.05)
+        time.sleep(0.25)
         return "state"
 
     def prepared(state: str) -> None:
@@ -82,7 +82,7 @@ def test_compare_interleaves_and_times_only_the_run():
     times = compare({"a": plain, "b": Prepared(prepare, prepared)}, 4, baseline="a", warmup=1, on_round=done.append)
     assert "".join(calls) == "ab" + "ab" + "ba" + "ab" + "ba"
     assert done == [1, 2, 3, 4]
-    assert 4 <= times["b"].median_ms < 40
+    assert 4 <= times["b"].median_ms < 200
     assert times["a"].speedup == (1, 1, 1)
     assert times["b"].speedup.median == pytest.approx(
         torch.tensor([a / b for a, b in zip(times["a"].samples_ms, times["b"].samples_ms, strict=True)]).quantile(0.5).item()

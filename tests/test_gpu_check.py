@@ -54,19 +54,20 @@ def test_a_failed_step_hides_no_other(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_step_that_takes_too_long_ends_with_all_that_it_started(tmp_path: Path) -> None:
-    beacon = tmp_path / "beacon"
-    child = f"import pathlib, time; time.sleep(6); pathlib.Path({str(beacon)!r}).touch()"
+    known = tmp_path / "child"
+    child = f"import os, pathlib, time; pathlib.Path({str(known)!r}).write_text(str(os.getpid())); time.sleep(60)"
     parent = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
     start = time.monotonic()
-    found = checked(python("slow", parent, 0.1), python("next", "print('here')"), out=tmp_path, seconds=20)
-    assert time.monotonic() - start < 6
-    assert (found["slow"].status, found["slow"].detail) == ("timed out", "after 2 s; KeyboardInterrupt")
+    found = checked(python("slow", parent, 0.05), python("next", "print('here')"), out=tmp_path, seconds=120)
+    assert time.monotonic() - start < 60
+    assert (found["slow"].status, found["slow"].detail) == ("timed out", "after 6 s; KeyboardInterrupt")
     assert (tmp_path / "slow.log").read_text().startswith("begun")
-    assert 2 <= found["slow"].seconds < 6
+    assert 6 <= found["slow"].seconds < 60
     assert found["next"].status == "passed"
     assert not gpu_check.succeeded(list(found.values()))
-    time.sleep(6.5 - (time.monotonic() - start))
-    assert not beacon.exists()
+    # Gone, or a zombie that nobody waits for, which has no command.
+    command = Path("/proc", known.read_text(), "cmdline")
+    assert not (command.exists() and command.read_text())
 
 
 def test_all_steps_together_keep_to_the_time(tmp_path: Path) -> None:
@@ -177,7 +178,7 @@ def test_what_the_tests_found_before_their_time_was_over_is_told(tmp_path: Path)
     bad, slow = "def test_bad(): assert 0, 'the reason'", "def test_slow(): __import__('time').sleep(60)"
     (tmp_path / "test_it.py").write_text(f"{bad}\n{slow}\n")
     command = (sys.executable, "-m", "bench.shards", "{out}", str(tmp_path), "-p", "no:cacheprovider")
-    verdict = checked(Step("tests", command, 1.0, gpu=False, check=gpu_check.untested), out=tmp_path, seconds=8)["tests"]
+    verdict = checked(Step("tests", command, 1.0, gpu=False, check=gpu_check.untested), out=tmp_path, seconds=20)["tests"]
     assert verdict.status == "timed out"
     log = (tmp_path / "tests.log").read_text()
     assert "part-0.log: 1 failed" in log
@@ -203,9 +204,9 @@ def test_every_test_runs_in_one_of_the_processes(tmp_path: Path, capsys: pytest.
 def test_a_step_that_does_not_listen_ends_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "LAST_WORDS", 0.2)
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
-    found = checked(python("deaf", deaf), out=tmp_path, seconds=2)
-    assert (found["deaf"].status, found["deaf"].detail) == ("timed out", "after 2 s; deaf")
-    assert found["deaf"].seconds < 5
+    found = checked(python("deaf", deaf), out=tmp_path, seconds=5)
+    assert (found["deaf"].status, found["deaf"].detail) == ("timed out", "after 5 s; deaf")
+    assert found["deaf"].seconds < 30
 
 
 def test_a_benchmark_without_a_triton_time_has_not_passed(tmp_path: Path) -> None:
