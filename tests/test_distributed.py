@@ -121,7 +121,7 @@ def _begin(rank, function, store, arguments):
     try:
         function(rank, *arguments)
     finally:
-        dist.destroy_process_group()
+        train_distributed.leave()
 
 
 def train_as_one_process_does(rank, wrap):
