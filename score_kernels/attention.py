@@ -17,6 +17,9 @@ from .blocks import Block, Gradients, Rows
 from .linalg import Number, dot, product
 from .problem import Problem, sequence_lengths
 
+# Inputs of which each sequence may have its own, and the dimensions of one.
+MASKS = {"key_padding_mask": 1, "attn_mask": 3}
+
 
 class Group(NamedTuple):
     """Sequences of one length, one after the other in a tile: their rows there, and how many they are."""
@@ -101,28 +104,19 @@ class Attention(Block):
         """What is added to the scores of these sequences, broadcastable to (sequences, heads, N, N)."""
         padding, mask = self.problem.inputs["key_padding_mask"], self.problem.inputs["attn_mask"]
         if padding is not None:
-            padding = self._of(sequences, padding, 1)[:, None, None]
+            padding = of_sequences(self.problem, sequences, padding, MASKS["key_padding_mask"])[:, None, None]
         if mask is None:
             return None if padding is None else _minus_infinity(padding, self.dtype)
-        mask = self._of(sequences, mask[(None,) * (4 - mask.dim())], 3)
+        mask = of_sequences(self.problem, sequences, mask, MASKS["attn_mask"])
         added = mask.is_floating_point()
         mask = mask.to(self.dtype) if added else _minus_infinity(~mask, self.dtype)
         mask = mask if padding is None else mask.masked_fill(padding, -torch.inf)
         return sdpa.relative(mask, self.options.causal) if added else mask
 
-    def _of(self, sequences: slice, x: Tensor, dims: int) -> Tensor:
-        """The part of these sequences of x, whose dimensions before the last `dims` broadcast to those of the batch."""
-        batch, own = self.problem.h.shape[:-2], x.shape[: x.dim() - dims]
-        if all(size == 1 for size in own):
-            return x.reshape(1, *x.shape[len(own) :])
-        indices = torch.unravel_index(torch.arange(sequences.start, sequences.stop, device=x.device), batch)
-        chosen = indices[len(batch) - len(own) :]
-        return x[tuple(torch.zeros_like(i) if size == 1 else i for i, size in zip(chosen, own, strict=True))]
-
     @staticmethod
     def kept(problem: Problem) -> int:
         heads, features = problem.options.num_heads, problem.features
-        copied = problem.inputs["rotary_cos"] is not None or problem.h.dtype != problem.compute_dtype
+        copied = problem.inputs["rotary_cos"] is not None or problem.operand_dtype != problem.compute_dtype
         norm = 2 * heads + (2 * features if copied else 0)
         # Of a head: weights or a logsumexp. Among packed sequences of up to so many tokens are any shorter ones.
         most = sdpa.short(features // heads, problem.h.device.type)
@@ -219,6 +213,17 @@ class Attention(Block):
             for into, gradient in zip(self._heads(dqkv, group), found, strict=True):
                 into.copy_(gradient)
         return dqkv
+
+
+def of_sequences(problem: Problem, sequences: slice, x: Tensor, dims: int) -> Tensor:
+    """The part of these sequences of x, whose dimensions before the last `dims` broadcast to those of the batch."""
+    batch, x = problem.h.shape[:-2], x[(None,) * (dims + 1 - x.dim())]
+    own = x.shape[: x.dim() - dims]
+    if all(size == 1 for size in own):
+        return x.reshape(1, *x.shape[len(own) :])
+    indices = torch.unravel_index(torch.arange(sequences.start, sequences.stop, device=x.device), batch)
+    chosen = indices[len(batch) - len(own) :]
+    return x[tuple(torch.zeros_like(i) if size == 1 else i for i, size in zip(chosen, own, strict=True))]
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

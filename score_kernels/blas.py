@@ -7,7 +7,7 @@ This file is the executable specification of the fused kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from .plan import Plan
 from .problem import Problem
 from .transformer import Transformer
 
+# A block from a problem and where its parameters' gradients go.
+Make = Callable[[Problem, Gradients | None], Block]
+
 BLOCKS: dict[str, type[Block]] = {"linear": Linear, "mlp": MLP, "attention": Attention, "transformer": Transformer}
 
 
@@ -29,11 +32,14 @@ def kept(problem: Problem) -> int:
     return BLOCKS[problem.op].kept(problem) if problem.stages == 1 else 0
 
 
-def forward(problem: Problem, plan: Plan, out: Tensor) -> Tensor:
-    """Writes h_T into `out` (like h, contiguous; h itself is allowed); returns all states (T+1, ...), or an empty tensor."""
+def forward(problem: Problem, plan: Plan, out: Tensor, make: Make | None = None) -> Tensor:
+    """Writes h_T into `out` (like h, contiguous; h itself is allowed); returns all states (T+1, ...), or an empty tensor.
+
+    make: of the block, another one than that of `BLOCKS`.
+    """
     h = problem.h.reshape(-1, problem.features)
     x0 = None if problem.x0 is None else problem.x0.reshape(h.shape)
-    iteration = _Iteration(problem)
+    iteration = _Iteration(problem, (make or BLOCKS[problem.op])(problem, None))
     keep = problem.options.trajectory
     trajectory = h.new_empty((problem.iterations + 1, *problem.h.shape) if keep else 0, dtype=problem.compute_dtype)
     states = trajectory.view(problem.iterations + 1, *h.shape) if keep else trajectory
@@ -58,6 +64,7 @@ def backward(
     grad_trajectory: Tensor | None,
     trajectory: Tensor | None,
     needs: Sequence[bool],
+    make: Make | None = None,
 ) -> list[Tensor]:
     """Gradients of the inputs whose flag in `needs` is set, in the order of `Problem.build`; a missing gradient is zero."""
     shape, dtype = (-1, problem.features), problem.compute_dtype
@@ -81,7 +88,8 @@ def backward(
     grad_h = h.new_empty(h.shape) if want_h else None
     grad_x0 = h.new_empty(h.shape) if want_x0 else None
 
-    iteration = _Iteration(problem, parameters, table, state_scale, x0_scale)
+    block = (make or BLOCKS[problem.op])(problem, parameters)
+    iteration = _Iteration(problem, block, table, state_scale, x0_scale)
     for rows in iteration.block.tiles(h.shape[0], plan.backward_rows):
         g = h.new_zeros(h[rows].shape, dtype=dtype)
         if grad_out is not None:
@@ -117,13 +125,12 @@ class _Iteration:
     def __init__(
         self,
         problem: Problem,
-        parameters: Gradients | None = None,
+        block: Block,
         table: Tensor | None = None,
         state_scale: Tensor | None = None,
         x0_scale: Tensor | None = None,
     ) -> None:
-        self.problem = problem
-        self.block = BLOCKS[problem.op](problem, parameters)
+        self.problem, self.block = problem, block
         self.table, self.state_scale, self.x0_scale = table, state_scale, x0_scale
         self.coefficients = _numbers(problem.coefficients)
         self.r = None if problem.state_scale is None else _numbers(problem.state_scale)

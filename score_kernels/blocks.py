@@ -32,7 +32,7 @@ class Block:
         self.norm, self.eps, self.slope = options.norm, options.eps, options.negative_slope
         self.activation = ACTIVATIONS[options.activation]
         self.features = [problem.features]
-        self.operand_dtype, self.dtype = problem.h.dtype, dtype
+        self.operand_dtype, self.dtype = problem.operand_dtype, dtype
         self.parameters = {name: [p.to(dtype) for p in tensors] for name, tensors in problem.parameters.items()}
         self.gradients = gradients or {}
 

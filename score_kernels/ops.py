@@ -134,16 +134,18 @@ def _forward(problem: Problem, out: Tensor) -> Tensor:
         _announce(plan, backward=False)
         with record_function(f"score_kernels::{plan.op} {plan.backend} forward"):  # what a profile shows
             written = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
-            trajectory: Tensor = _backend(plan.backend).forward(problem, plan, written)
+            trajectory: Tensor = _runs(plan, backward=False).forward(problem, plan, written)
             if written is not out:
                 out.copy_(written)
             return trajectory
 
 
-def _backend(name: str) -> Any:
-    """The module that computes; Triton is imported by its first call."""
+def _runs(plan: Plan, *, backward: bool) -> Any:
+    """The module that computes a pass; Triton is imported by its first call."""
+    name = plan.backward if backward else plan.backend
     if name == "triton":
-        return importlib.import_module(".triton_kernels.launch", __package__)
+        module = "halves" if plan.by_halves(backward=backward) else "launch"
+        return importlib.import_module(f".triton_kernels.{module}", __package__)
     return cuda if name == "cuda" else blas
 
 
@@ -185,7 +187,7 @@ def _register(op: str) -> None:
             plan = plan_of(problem)
             _announce(plan, backward=True)
             with record_function(f"score_kernels::{op} {plan.backward} backward"):
-                return _backend(plan.backward).backward(problem, plan, grad_out, grad_states, states, needs)
+                return _runs(plan, backward=True).backward(problem, plan, grad_out, grad_states, states, needs)
 
     @torch.library.register_fake(f"{name}_backward")
     def _(  # type: ignore[no-untyped-def]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from . import kernel_tiles, row_tiles
 from .machine import Kernel, Machine
-from .plan import Plan
+from .plan import HALVES, Plan
 from .triton_kernels.attention_configs import SequenceTile
 from .triton_kernels.configs import SCALES, Tile
 
@@ -21,6 +24,9 @@ NO_KERNEL = {
     "attention": {"cuda": "no CUDA kernel computes attention yet"},
     "transformer": {"cuda": "no CUDA kernel computes transformer yet"},
 }
+
+# Of a transformer: (op, plan) of halves that run by themselves.
+Halves = tuple[tuple[str, Plan], ...]
 
 # Elements of a record that backward leaves for the gradients of the parameters, of D and the hidden features of all layers.
 RECORDS = {
@@ -71,12 +77,11 @@ def plan(
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend: expected one of {', '.join(('auto', *BACKENDS))}, got {backend!r}")
-    state, kept_bytes = features * itemsize, kept * itemsize
-    rows = row_tiles.forward_rows(state, hidden * (2 if gated else 1) * itemsize, tokens, machine.device, scratch_budget)
-    backward_rows, interval = row_tiles.checkpoints(rows, iterations, state, kept_bytes, scratch_budget, tokens)
-    scratch = backward_rows * row_tiles.scratch_row(iterations, interval, state, kept_bytes)
+    # Of blas, by numbers of a row that it keeps and bytes of scratch: rows, backward_rows, interval, scratch_bytes.
+    row, wide = features * itemsize, hidden * (2 if gated else 1) * itemsize
+    walk = partial(_walk, row, wide, tokens, iterations, machine.device)
     chosen = "blas" if backend == "auto" else backend
-    base = Plan(op, chosen, chosen, machine.device, dtype, iterations, rows, backward_rows, interval, scratch)
+    base = Plan(op, chosen, chosen, machine.device, dtype, iterations, *walk(kept * itemsize, scratch_budget))
     if backend not in FUSED and (backend != "auto" or machine.device == "cpu"):
         return base
 
@@ -84,7 +89,15 @@ def plan(
     kernel, no_cuda = machine.kernel("forward", *block)
     kind = f"gated {op}" if gated else op
     forward, backward, no_triton = kernel_tiles.tiles(kind, features, dtype, machine, state_tiles, tokens, features // heads)
-    reasons = {"cuda": no_cuda, "triton": no_triton, **NO_KERNEL.get(op, {})}
+    no_launch = no_triton or (None if backward else _too_wide(kind, features, heads))
+    halves: Halves = ()
+    if op == "transformer" and no_launch is not None:
+        # The walk has the other half of the scratch.
+        halves = _halves(
+            features=features, hidden=hidden, gated=gated, activation=activation, dtype=dtype, itemsize=itemsize,
+            machine=machine, scratch_budget=scratch_budget // 2, tokens=tokens, heads=heads,
+        )  # fmt: skip
+    reasons = {"cuda": no_cuda, "triton": None if halves else no_triton, **NO_KERNEL.get(op, {})}
     if backend == "auto":
         reasons = {name: reason or _unverified(name, machine) for name, reason in reasons.items()}
     elif reasons[backend] is not None:
@@ -96,11 +109,17 @@ def plan(
     # Two programs of a product for every multiprocessor.
     parts = max(2 * machine.multiprocessors // (math.ceil(features / PRODUCT_TILE) * math.ceil(hidden / PRODUCT_TILE)), 1)
     base = replace(
-        base, backend=able[0], kernel=kernel if able[0] == "cuda" else None, forward_tile=forward, parts=parts,
+        base, backend=able[0], kernel=kernel if able[0] == "cuda" else None,
+        forward_tile=forward if no_triton is None else None, parts=parts,
         skipped=tuple((name, str(reasons[name])) for name in faster),
     )  # fmt: skip
-    if isinstance(forward, SequenceTile):
-        base = replace(base, forward_programs=kernel_tiles.forward_programs(forward, features, machine, scratch_budget))
+    if isinstance(base.forward_tile, SequenceTile):
+        programs = kernel_tiles.forward_programs(base.forward_tile, features, machine, scratch_budget)
+        base = replace(base, forward_programs=programs)
+    if halves:
+        attends = dict(halves).get("attention")
+        kept = kept if attends is None or attends.backward_tile is None else 0
+        return _by_halves(base, halves, str(no_launch), walk(kept * itemsize, scratch_budget // 2))
 
     record, products = RECORDS[op](features, hidden * (3 if gated else 2)), parts * features * hidden * 4
     if base.backend == "cuda":
@@ -109,11 +128,53 @@ def plan(
             return base
     # Triton walks the states again by itself, whoever runs forward.
     if backward is None or reasons["triton"] is not None:
-        heads_of = f" with heads of {features // heads} features" if kind in kernel_tiles.SEQUENCES else ""
-        return _on_blas(base, reasons["triton"] or f"backward of D = {features}{heads_of} does not fit in registers")
+        return _on_blas(base, reasons["triton"] or str(no_launch))
     # Of a row and iteration: the ring's records, the stages' inputs and the gradients of scalars.
     of_stages = stages * (record * (4 if dtype == "float32" else 2) + features * 4) + (5 * stages + SCALES) * SCALAR
     return _on_triton(base, backward, features, products, iterations * of_stages + features * 4, machine, scratch_budget)
+
+
+def _walk(row: int, wide: int, tokens: int, iterations: int, device: str, kept: int, budget: int) -> tuple[int, int, int, int]:
+    """rows, backward_rows, interval and scratch_bytes of blas. row, wide, kept: bytes of a row's state, hidden features, and
+    of what is kept beside a state."""
+    rows = row_tiles.forward_rows(row, wide, tokens, device, budget)
+    backward_rows, interval = row_tiles.checkpoints(rows, iterations, row, kept, budget, tokens)
+    return rows, backward_rows, interval, backward_rows * row_tiles.scratch_row(iterations, interval, row, kept)
+
+
+def _too_wide(kind: str, features: int, heads: int) -> str:
+    heads_of = f" with heads of {features // heads} features" if kind in kernel_tiles.SEQUENCES else ""
+    return f"backward of D = {features}{heads_of} does not fit in registers"
+
+
+def _halves(*, hidden: int, tokens: int, heads: int, **call: Any) -> Halves:
+    """The plans of the halves of a transformer that Triton's kernels can run, one iteration a call."""
+    found = []
+    own = {"attention": {"hidden": 3 * call["features"], "tokens": tokens, "heads": heads}, "mlp": {"hidden": hidden}}
+    for op in HALVES:
+        gated = op == "mlp" and call["gated"]
+        with suppress(ValueError):
+            found.append((op, plan(op, **{**call, **own[op], "gated": gated, "iterations": 1, "backend": "triton"})))
+    return tuple(found)
+
+
+def _by_halves(base: Plan, halves: Halves, reason: str, walk: tuple[int, int, int, int]) -> Plan:
+    """The passes of a transformer that no launch has room for, a launch for each half of an iteration. reason: of the former.
+
+    Where no half has a backward kernel, blas runs that pass.
+    """
+    rows, backward_rows, interval, scratch = walk
+    if base.forward_tile is None:
+        base = replace(base, rows=rows, skipped=(*base.skipped, ("one launch", reason)))
+    of_halves = [of for _, of in halves if of.backward_tile is not None]
+    if not of_halves:
+        return _on_blas(replace(base, halves=halves), reason)
+    if base.forward_tile is not None:
+        base = replace(base, skipped=(*base.skipped, (f"one launch{IN_BACKWARD}", reason)))
+    return replace(
+        base, halves=halves, backward="triton", backward_rows=backward_rows, interval=interval,
+        scratch_bytes=scratch + max(of.scratch_bytes for of in of_halves),
+    )  # fmt: skip
 
 
 def _unverified(backend: str, machine: Machine) -> str | None:

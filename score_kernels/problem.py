@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import stages
 from .devices import capturing
+from .plan import HALVES
 
 # Parameters of each op in the order in which every layer of the package passes them; D features, H hidden features.
 SHAPES: dict[str, dict[str, Sequence[str]]] = {
@@ -24,9 +25,6 @@ SHAPES: dict[str, dict[str, Sequence[str]]] = {
         "w_qkv": ("3D", "D"), "b_qkv": ("3D",), "w_out": "DD", "b_out": "D", "norm_weight": "D", "norm_bias": "D",
     },
 }  # fmt: skip
-
-# The blocks that a transformer is made of, in their order.
-HALVES = ("attention", "mlp")
 
 
 def in_half(op: str, name: str) -> str:
@@ -185,6 +183,11 @@ class Problem:
     @property
     def compute_dtype(self) -> torch.dtype:
         return compute_dtype(self.h.dtype)
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """Of the operands of products: h's dtype, or where h is a state in float32, that of the weights."""
+        return next(iter(self.parameters.values()))[0].dtype
 
     def half(self, op: str) -> Problem:
         """A transformer's problem as that of one of its halves: the same but for the parameters."""

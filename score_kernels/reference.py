@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .problem import HALVES, SHAPES, Options, Problem, in_half, without_autocast
+from .plan import HALVES
+from .problem import SHAPES, Options, Problem, in_half, without_autocast
 
 Parameters = dict[str, Tensor | None]
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from .attention import Attention, Kept
 from .blocks import MLP, Block, Gradients, Rows
 from .linalg import Number, add_, dot, scale_
-from .problem import HALVES, SHAPES, Problem, in_half
+from .plan import HALVES
+from .problem import SHAPES, Problem, in_half
 
 
 class Transformer(Block):
@@ -59,8 +60,10 @@ class Transformer(Block):
     ) -> tuple[Tensor, Tensor | None]:
         first, second = self.norms
         if kept is None:
-            _, kept = self.attention.inner_kept(y, index)
-        attended = y + self.attention.outer(self.attention.round(kept.out), index)
+            u, kept = self.attention.inner_kept(y, index)
+        else:
+            u = self.attention.round(kept.out)
+        attended = y + self.attention.outer(u, index)
         middle, saved = first.normed(attended, index)
         if self.post:
             total = middle + self.mlp.outer(self.mlp.inner(middle, index), index)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from . import attention_arguments
 from .arguments import Own, Parameter, check_options
-from .problem import HALVES, SHAPES, in_half
+from .plan import HALVES
+from .problem import SHAPES, in_half
 
 
 class AttentionParams(NamedTuple):

@@ -15,8 +15,9 @@ from torch import Tensor
 from . import functional, verified
 from .activations import ACTIVATIONS
 from .ops import machine_of, observe_plans
+from .plan import HALVES
 from .planner import FUSED
-from .problem import HALVES, INPUTS, NORMS, SHAPES, in_half
+from .problem import INPUTS, NORMS, SHAPES, in_half
 from .stages import SOLVERS
 from .transformer_arguments import nested
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from score_kernels import arguments, blas
 from score_kernels import functional as SF
-from score_kernels.problem import HALVES, LEADING, SHAPES, extent
+from score_kernels.plan import HALVES
+from score_kernels.problem import LEADING, SHAPES, extent
 
 D, H = 8, 12
 

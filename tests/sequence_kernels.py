@@ -7,6 +7,11 @@ several such groups, or one sequence has several tiles.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
 import cases
 import pytest
 import torch
@@ -14,7 +19,7 @@ from cases import F64, LAYOUTS, assert_same_bits, build, cotangent, gradients, l
 from kernels import KINKED, REFUSALS, error, flat, one_element_off, oracle_gradients, wide
 from row_wise import COEFFICIENTS, EVERYTHING, seed_of
 
-from score_kernels import autograd, ops, reference
+from score_kernels import autograd, kernel_tiles, ops, planner, reference
 from score_kernels.problem import LEADING, SHAPES, Problem
 
 # Gradients that are sums over rows cancel: these have more room.
@@ -22,6 +27,21 @@ SUMS = (
     "b_qkv", "b_out", "b1", "b2", "b_gate", "dt", "state_scale", "x0_scale",
     *(f"{half}norm_{name}" for half in ("", "attention_", "mlp_") for name in ("weight", "bias")),
 )  # fmt: skip
+
+
+@contextlib.contextmanager
+def without(*kinds: str) -> Iterator[None]:
+    """Inside, these have no tiles: a kind as "gated mlp", or as "gated mlp backward" its backward pass alone."""
+    original = kernel_tiles.tiles
+
+    def tiles(kind: str, *call: Any) -> tuple[Any, Any, str | None]:
+        if kind in kinds:
+            return None, None, f"{kind} does not fit"
+        forward, backward, reason = original(kind, *call)
+        return forward, None if f"{kind} backward" in kinds else backward, reason
+
+    with mock.patch.object(kernel_tiles, "tiles", tiles), mock.patch.object(ops, "_plan", planner.plan):
+        yield
 
 
 class SequenceKernels:
@@ -232,3 +252,16 @@ class TransformerKernels(SequenceKernels):
             expected = cases.call(bare, "triton")
         assert torch.equal(found["output"][nothing], expected[nothing])
         assert not torch.equal(found["output"][~nothing], expected[~nothing])
+
+
+class HalvesKernels(TransformerKernels):
+    """A transformer whose halves are launches of their own, on tiles of two sequences, or on one tile."""
+
+    launches = ({"rows": 8, "backward_rows": 8, "interval": 2}, {"rows": 1 << 10, "backward_rows": 1 << 10, "interval": 1})
+    # Sums of the walk are the BLAS's, which go by the layout.
+    exact = False
+
+    @pytest.fixture(autouse=True)
+    def by_halves(self):
+        with without("transformer", "gated transformer"):
+            yield

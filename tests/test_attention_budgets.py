@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from test_budgets import SHARED, STAGES, VERSIONS, compiled, report, serve
+from test_budgets import SHARED, STAGES, STATE, VERSIONS, compiled, report, serve
 
 from score_kernels.kernel_tiles import SEQUENCES
 from score_kernels.problem import SHAPES
@@ -47,6 +47,7 @@ class Job(NamedTuple):
     packed: bool = False
     kind: str = "attention"
     placement: str = "pre"
+    state: str = ""
 
     @property
     def name(self) -> str:
@@ -85,6 +86,11 @@ def test_a_tile_of_the_table(family, direction, kind, version):
     """The widest D with the longest sequences."""
     jobs = jobs_of(family, direction, kind)[-len(PLACEMENTS[kind]) :]
     assert misses(jobs, compiled(jobs, version, __file__)) == {}
+
+
+def test_a_state_in_float32_between_launches():
+    jobs = [jobs_of(90, direction, state_tiles=1, state="fp32")[-1] for direction in DIRECTIONS]
+    assert misses(jobs, compiled(jobs, script=__file__)) == {}
 
 
 @pytest.mark.parametrize("kind", ["attention", "transformer"])
@@ -149,6 +155,7 @@ def compile_job(job: Job) -> dict[str, int]:
     types = {
         **dict.fromkeys(kernel.arg_names, "*" + job.dtype), **dict.fromkeys(float32, "*fp32"),
         **dict.fromkeys(integers, "i32"), "table": "*i64", "eps": "fp32", "slope": "fp32", "sequences": sequences,
+        **dict.fromkeys(STATE if job.state else (), "*" + job.state),
     }  # fmt: skip
     return report(kernel, types, {"S": static, "M": of_mlp}, job.arch, tile.warps, tile.stages)
 

@@ -40,6 +40,9 @@ STAGES = {1 + stages.uses_z(name) + stages.uses_sum(name): len(program) for name
 
 KINDS = ("mlp", "gated mlp", "linear")
 
+# Arguments that are float32 where a kernel has half of a transformer's iteration.
+STATE = ("h", "out", "grad_out", "grad_h")
+
 OTHER_TRITON = os.environ.get("SCORE_KERNELS_OTHER_TRITON")
 VERSIONS = ("pinned", "other") if OTHER_TRITON else ("pinned",)
 
@@ -61,6 +64,7 @@ class Job(NamedTuple):
     norm: str = "layernorm"
     injected: bool = True
     trajectory: bool = False
+    state: str = ""
 
     @property
     def name(self) -> str:
@@ -166,6 +170,17 @@ def test_other_inputs(kind, options):
     assert misses(jobs, compiled(jobs)) == {}
 
 
+@pytest.mark.parametrize("kind", ["mlp", "gated mlp"])
+def test_a_state_in_float32_between_launches(kind):
+    jobs = [
+        job._replace(injected=False)
+        for backward in (False, True)
+        for job in jobs_of(90, kind, 1, backward=backward, state="fp32")
+        if job.columns >= 64
+    ]
+    assert misses(jobs, compiled(jobs)) == {}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_float32_fits_in_the_tiles_of_twice_the_width(kind):
     jobs = [
@@ -214,6 +229,7 @@ def compile_job(job: Job) -> dict[str, int]:
         **dict.fromkeys(kernel.arg_names, "*" + job.dtype), **dict.fromkeys(float32, "*fp32"), **dict.fromkeys(integers, "i32"),
         "table": "*i64", "eps": "fp32", "slope": "fp32",
     }  # fmt: skip
+    types |= dict.fromkeys(STATE if job.state else (), "*" + job.state)
     return report(kernel, types, constants, job.arch, tile.warps, tile.stages)
 
 

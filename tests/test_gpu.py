@@ -15,7 +15,7 @@ from cases import F64, LAYOUTS, assert_close, assert_same_bits, build, call, gra
 from kernels import Kernels, both_ops, error, one_element_off, oracle_gradients, random_shapes, wide
 from numerics import BLOCKS
 from row_wise import COEFFICIENTS, EVERYTHING, ROW_WISE, seed_of
-from sequence_kernels import SequenceKernels, TransformerKernels
+from sequence_kernels import HalvesKernels, SequenceKernels, TransformerKernels
 
 import score_kernels as sk
 from score_kernels import functional as SF
@@ -104,6 +104,10 @@ class TestAttention(Attention, SequenceKernels):
 class TestTransformer(Attention, TransformerKernels):
     sizes = {"rows": 300, "features": 64, "hidden": 150, "iterations": 4}
     covered = cases.pairwise("transformer")
+
+
+class TestTransformerByHalves(HalvesKernels, TestTransformer):
+    covered = cases.pairwise("transformer")[::10]
 
 
 @pytest.mark.parametrize(

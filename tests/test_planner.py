@@ -184,7 +184,11 @@ def test_groups_of_sequences(arch, op):
             assert p.forward_tile.shared <= GPUS[arch].shared_memory
             forward = p.forward_programs * kernel_tiles._scratch(p.forward_tile, features, kernel_tiles.FORWARD_SLOTS)
             assert p.forward_programs == 1 or forward <= budget
-            if p.backward == "triton":
+            if p.by_halves(backward=True):
+                assert (op, dict(p.skipped)["one launch in backward"][:9]) == ("transformer", "backward ")
+                assert any(of.backward_tile for _, of in p.halves)
+                assert p.scratch_bytes <= budget
+            elif p.backward == "triton":
                 assert p.backward_tile.rows == rows
                 assert p.scratch_bytes <= budget
                 assert p.chunk_rows % rows == 0 < p.chunk_rows
@@ -194,6 +198,56 @@ def test_groups_of_sequences(arch, op):
     assert "one launch, groups of 64 rows, " in text
     assert "heads of 32 features" in text
     assert ("hidden features" in text) == (op == "transformer")
+
+
+TRANSFORMER = {**CALL, **ATTENTION, "op": "transformer", "machine": GPUS[90], "scratch_budget": 512 << 20}
+
+
+@pytest.mark.parametrize(
+    ("changes", "halves"),
+    [
+        ({"heads": 4}, {"attention": "both", "mlp": "both"}),
+        ({"features": 256, "heads": 8, "hidden": 1024}, {"mlp": "forward"}),
+        ({"tokens": 129}, {"mlp": "both"}),
+        ({"features": 128, "tokens": 129, "gated": True, "machine": GPUS[80]}, {"mlp": "forward"}),
+    ],
+    ids=str,
+)
+def test_a_transformer_that_does_not_fit_in_one_launch_goes_by_halves(changes, halves):
+    """Backward as well, if a half has a kernel of that."""
+    p = plan(**{**TRANSFORMER, **changes}, backend="triton")
+    assert {op: "both" if of.backward_tile else "forward" for op, of in p.halves} == halves
+    assert all((of.iterations, of.backend) == (1, "triton") for _, of in p.halves)
+    assert (p.backend, p.by_halves(backward=False), "one launch" in dict(p.skipped)) == ("triton", True, True)
+    assert (p.backward, p.by_halves(backward=True)) == (("triton", True) if "both" in halves.values() else ("blas", False))
+    assert "two halves an iteration: attention" in str(p)
+
+
+@pytest.mark.parametrize("arch", [80, 100])
+def test_backward_alone_goes_by_halves(arch):
+    p = plan(**{**TRANSFORMER, "machine": GPUS[arch]}, backend="triton")
+    assert (p.by_halves(backward=False), p.by_halves(backward=True)) == (False, True)
+    assert dict(p.skipped) == {
+        "one launch in backward": "backward of D = 64 with heads of 32 features does not fit in registers"
+    }
+    assert re.search(r"^forward +one launch.*\nbackward .* two halves an iteration: attention in .*; mlp in ", str(p), re.M)
+
+
+@pytest.mark.parametrize("tokens", [48, 129])
+def test_halves_and_the_walk_share_the_scratch(tokens):
+    """A walk keeps what the attention of blas would compute again; a kernel's keeps nothing."""
+    call = {**TRANSFORMER, "heads": 4, "tokens": tokens, "kept": 300}
+    p = plan(**call, backend="triton")
+    walk = p.backward_rows * row_tiles.scratch_row(8, p.interval, 4 * 64, 4 * (300 if tokens > 128 else 0))
+    assert p.scratch_bytes == walk + max(of.scratch_bytes for _, of in p.halves)
+    assert p.scratch_bytes <= call["scratch_budget"]
+
+
+def test_auto_takes_halves_on_verified_hardware_only():
+    call = {**TRANSFORMER, "heads": 4}
+    assert (plan(**call).backend, plan(**call).halves) == ("blas", ())
+    p = plan(**{**call, "machine": VERIFIED[90]})
+    assert (p.backend, p.halves) == ("triton", plan(**call, backend="triton").halves)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +261,8 @@ def test_groups_of_sequences(arch, op):
 )
 @pytest.mark.parametrize("op", ["attention", "transformer"])
 def test_sequences_that_triton_refuses(op, changes, reason):
-    changes = {"op": op, **changes}
+    # Of a longer sequence the mlp fits.
+    changes = {"op": op, **changes, **({"features": 512} if op == "transformer" and "tokens" in changes else {})}
     with pytest.raises(ValueError, match=f"backend='triton' cannot run this call: {reason}"):
         plan(**{**CALL, **ATTENTION, "machine": GPUS[90], **changes}, backend="triton")
 

@@ -46,7 +46,7 @@ def test_backward_has_the_scratch_that_the_plan_says(choices):
     options, tensors = flat(case, "triton")
     problem = Problem.build("transformer", tensors, options)
     plan = ops.plan_of(problem)
-    made = launch._Backward(problem, plan, None, None, None, [True] * len(tensors))
+    made = launch.Backward(problem, plan, None, None, None, [True] * len(tensors))
     assert made.rows == plan.chunk_rows
     scratch = launch._scratch(made.h, made.programs, made.static)
     taken = sum(x.nbytes for x in (scratch, made.walked, made.scalars, *(ring.records for ring in made.rings.values())))

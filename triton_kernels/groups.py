@@ -37,7 +37,7 @@ class Groups:
             self.bounds = range(0, self.total + step, step) if self.total else range(1)
             self.starts = self.positions = problem.coefficients
         else:
-            self.bounds = _packed(sequence_lengths(packed, self.tokens) * self.batch.numel(), rows)
+            self.bounds = packed_bounds(sequence_lengths(packed, self.tokens) * self.batch.numel(), rows)
             self.starts = torch.tensor(self.bounds, dtype=torch.int64, device=device)
             first = torch.repeat_interleave(packed[:-1].long(), packed.diff().long(), output_size=self.tokens)
             self.positions = (torch.arange(self.tokens, device=device) - first).int().repeat(self.batch.numel())
@@ -114,7 +114,7 @@ class Groups:
         return x.expand(*self.batch, *own).reshape(-1, *own)
 
 
-def _packed(lengths: Sequence[int], rows: int) -> list[int]:
+def packed_bounds(lengths: Sequence[int], rows: int) -> list[int]:
     """Bounds of groups of sequences of these lengths, one after the other; empty ones go with their neighbours."""
     bounds, end = [0], 0
     for length in lengths:

@@ -199,12 +199,15 @@ def forward_kernel(
     h, x0, out, states, table, coefficients, state_scale, x0_scale, rows, iterations, first, sets, eps, slope,
     UPDATE: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """out = h_T for one tile of rows; with `S.records`, states (records * (T-first) + 1, rows, D) from h_first on as well."""
+    """out = h_T for one tile of rows; with `S.records`, states (records * (T-first) + 1, rows, D) from h_first on as well.
+
+    Operands of products have x0's dtype; h and out may be float32 beside it: a state between two launches.
+    """
     first_row = tl.program_id(0).to(tl.int64) * S.tile
     live, at, there = tile_of(rows - first_row, S)
     begin = first_row * S.features
     size = tl.full((), S.features, tl.int64) * rows
-    dtype = h.dtype.element_ty
+    dtype = x0.dtype.element_ty
     y = load_tile(h + begin + there, S)
     for t in range(iterations):
         record = states + ((t - first) * S.records * size + begin)
@@ -223,7 +226,7 @@ def forward_kernel(
             y = stage_update(y, z, total, c, row, dtype, eps, slope, UPDATE, S)
     if S.records > 0:
         tl.store(states + ((iterations - first) * S.records * size + begin) + at, y, mask=live)
-    tl.store(out + begin + at, y.to(dtype), mask=live)
+    tl.store(out + begin + at, y.to(out.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -239,7 +242,7 @@ def backward_kernel(
     gradients of the parameters are computed from, `scalars` (T-first, stages * 5 + SCALES, rows) the gradients of coefficients
     and scales, row by row.
     """
-    dtype = grad_h.dtype.element_ty
+    dtype = x0.dtype.element_ty
     size = tl.full((), S.features, tl.int64) * states_rows
     grad_size = tl.full((), S.features, tl.int64) * grad_rows
     slot: tl.constexpr = S.tile * S.columns
@@ -263,7 +266,7 @@ def backward_kernel(
             )  # fmt: skip
         if S.grad_trajectory:
             g += tl.load(grad_states + begin + at, mask=live, other=0.0)
-        tl.store(grad_h + begin + at, tl.where(first == 0, g, 0.0).to(dtype), mask=live)
+        tl.store(grad_h + begin + at, tl.where(first == 0, g, 0.0).to(grad_h.dtype.element_ty), mask=live)
         if S.want_x0:
             tl.store(grad_x0 + begin + at, tl.load(own).to(dtype), mask=live)
 

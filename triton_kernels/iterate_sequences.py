@@ -34,7 +34,7 @@ def sequence_forward_kernel(
 ):  # fmt: skip
     """As `forward_kernel`, for the groups that are dealt to the program. M: the `Static` of a transformer's mlp, or None."""
     size = tl.full((), S.features, tl.int64) * rows
-    dtype = h.dtype.element_ty
+    dtype = x0.dtype.element_ty
     state, of_z = slot(sequences, Y, tl.float32, S), slot(sequences, Z, tl.float32, S)
     of_total = slot(sequences, TOTAL, tl.float32, S)
     for group in tl.range(tl.program_id(0), sequences.groups, tl.num_programs(0), disable_licm=True):
@@ -92,7 +92,7 @@ def sequence_forward_kernel(
             y = tl.load(state + inside(block, 0, S.tile, S.columns, S))
             if S.records > 0:
                 tl.store(states + (iterations - first) * S.records * size + begin + at, y, mask=live)
-            tl.store(out + begin + at, y.to(dtype), mask=live)
+            tl.store(out + begin + at, y.to(out.dtype.element_ty), mask=live)
         tl.debug_barrier()
 
 
@@ -119,7 +119,7 @@ def sequence_backward_kernel(
     S: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """As `backward_kernel`, for the groups that are dealt to the program. M: the `Static` of a transformer's mlp, or None."""
-    dtype = grad_h.dtype.element_ty
+    dtype = x0.dtype.element_ty
     one = tl.full((), 1, tl.int64)
     size, grad_size = one * S.features * states_rows, one * S.features * grad_rows
     capacity = one * S.stages * (iterations - first) * rows
@@ -184,7 +184,7 @@ def sequence_backward_kernel(
             g = tl.load(of_g + here)
             if S.grad_trajectory:
                 g += tl.load(grad_states + begin + at, mask=live, other=0.0)
-            tl.store(grad_h + begin + at, tl.where(first == 0, g, 0.0).to(dtype), mask=live)
+            tl.store(grad_h + begin + at, tl.where(first == 0, g, 0.0).to(grad_h.dtype.element_ty), mask=live)
             if S.want_x0:
                 tl.store(grad_x0 + begin + at, tl.load(of_x0 + here).to(dtype), mask=live)
         tl.debug_barrier()

@@ -11,9 +11,9 @@ import triton
 from torch import Tensor
 
 from score_kernels import stages
-from score_kernels.plan import Plan
+from score_kernels.plan import HALVES, Plan
 from score_kernels.pointers import pointers, prepared
-from score_kernels.problem import HALVES, LEADING, SHAPES, Problem, in_half
+from score_kernels.problem import LEADING, SHAPES, Problem, in_half
 
 from .attention_configs import FORWARD_SLOTS, SequenceTile, backward_slots
 from .configs import SCALES, SLOTS, Tile
@@ -48,7 +48,7 @@ def forward(problem: Problem, plan: Plan, out: Tensor) -> Tensor:
     trajectory = h.new_empty((problem.iterations + 1, *problem.h.shape) if keep else 0, dtype=torch.float32)
     last = out.view(h.shape)
     walk = _Walk(problem, plan)
-    walk(slice(0, h.shape[0]), h, _flat(problem.x0, problem), last, _tables(problem), trajectory if keep else None, 0, 1)
+    walk(slice(0, h.shape[0]), h, _injected(problem), last, _tables(problem), trajectory if keep else None, 0, 1)
     return trajectory
 
 
@@ -65,13 +65,12 @@ def backward(
     Chunks of rows, so that what a launch leaves behind is bounded: forward once more, keeping the inputs of the chunk's stages
     unless the trajectory that was saved has them; then the backward kernel; then the sums and products of what that wrote.
     """
-    call = _Backward(prepared(problem, ALIGNMENT), plan, grad_out, grad_trajectory, trajectory, needs)
-    for chunk in call.chunks():
-        call.reverse(chunk, call.states(chunk))
+    call = Backward(problem, plan, grad_out, grad_trajectory, trajectory, needs)
+    call.run()
     return collected(problem, needs, call.grad_h, call.grad_x0, call.totals, call.gradients())
 
 
-class _Backward:
+class Backward:
     """The tensors of a call, its gradients, and the buffers that its chunks of at most `rows` rows use one after the other."""
 
     def __init__(
@@ -84,10 +83,11 @@ class _Backward:
         needs: Sequence[bool],
     ) -> None:
         assert plan.backward_tile is not None
+        problem = prepared(problem, ALIGNMENT)
         self.problem, self.plan, self.tile, self.tables = problem, plan, plan.backward_tile, _tables(problem)
         self.walk = _Walk(problem, plan)
         self.groups = Groups(problem, self.tile.rows) if isinstance(self.tile, SequenceTile) else None
-        self.h, self.x0 = _flat(problem.h, problem), _flat(problem.x0, problem)
+        self.h, self.x0 = _flat(problem.h, problem), _injected(problem)
         h = self.h
         # A launch has a whole group at least.
         self.rows = min(plan.chunk_rows if self.groups is None else max(plan.chunk_rows, self.tile.rows), h.shape[0])
@@ -119,14 +119,18 @@ class _Backward:
         self.walked = float32((self.iterations * self.stages + 1) * h[: self.rows].numel() if self.saved is None else 0)
         self.scalars = float32(self.totals[self.first :].numel() * self.rows if self.static.want_scalars else 0)
 
-    def chunks(self) -> Iterator[slice]:
+    def run(self) -> None:
+        for chunk in self._chunks():
+            self._reverse(chunk, self._states(chunk))
+
+    def _chunks(self) -> Iterator[slice]:
         """The rows of each launch."""
         if self.groups is not None:
             return self.groups.slices(self.rows)
         rows = self.h.shape[0]
         return (slice(start, min(start + self.rows, rows)) for start in range(0, rows, max(self.rows, 1)))
 
-    def states(self, chunk: slice) -> Tensor:
+    def _states(self, chunk: slice) -> Tensor:
         """The inputs of the chunk's stages (iterations * stages + 1, rows, D), from `first` on."""
         if self.saved is not None:
             return self.saved[:, chunk]
@@ -136,7 +140,7 @@ class _Backward:
         self.walk(chunk, h, self.x0[chunk], self.grad_h[chunk], self.tables, states, self.first, self.stages)
         return states
 
-    def reverse(self, chunk: slice, states: Tensor) -> None:
+    def _reverse(self, chunk: slice, states: Tensor) -> None:
         """Gradients of the chunk's rows; what sums over rows need of it is added up."""
         problem, options, count = self.problem, self.problem.options, chunk.stop - chunk.start
         # What the kernel does not write is 0: fields that this solver does not have.
@@ -236,9 +240,16 @@ def _launch(kernel: Any, tile: Tile | SequenceTile, *args: Any, **constants: Any
         kernel(*args, **constants, num_warps=tile.warps, num_stages=tile.stages)
 
 
-def _flat(x: Tensor | None, problem: Problem) -> Tensor:
-    """(rows, D), contiguous; in the place of a tensor that is not given, h: never read, but of the right type."""
-    return (problem.h if x is None else x).reshape(-1, problem.features).contiguous()
+def _flat(x: Tensor, problem: Problem) -> Tensor:
+    """(rows, D), contiguous"""
+    return x.reshape(-1, problem.features).contiguous()
+
+
+def _injected(problem: Problem) -> Tensor:
+    """x0 as rows; where it is not given, what kernels never read, but of the dtype of operands: h, or nothing."""
+    if problem.x0 is None and problem.h.dtype != problem.operand_dtype:
+        return problem.h.new_empty(0, problem.features, dtype=problem.operand_dtype)
+    return _flat(problem.h if problem.x0 is None else problem.x0, problem)
 
 
 def _statics(problem: Problem, tile: Tile | SequenceTile, slots: int, **flags: Any) -> tuple[Static, Static | None]:
@@ -262,7 +273,7 @@ def _static(problem: Problem, tile: Tile | SequenceTile, slots: int, **flags: An
         features=problem.features,
         hidden=problem.hidden,
         columns=max(triton.next_power_of_2(problem.features), 16),
-        precision="tf32" if problem.h.dtype == torch.float32 else "ieee",
+        precision="tf32" if problem.operand_dtype == torch.float32 else "ieee",
         activation=options.activation,
         norm=options.norm,
         present=tuple(bool(tensors) for tensors in parameters.values()),

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from score_kernels.plan import HALVES
 from score_kernels.pointers import NORM
-from score_kernels.problem import HALVES, LEADING, SHAPES, Problem, extent, in_half
+from score_kernels.problem import LEADING, SHAPES, Problem, extent, in_half
 
 from .configs import SCALES
 
@@ -99,7 +100,7 @@ class Ring:
         # A gain needs the products of the layers that it stands before; biases need sums only.
         multiplied = [e for e in self.layers if e.weight in wanted or (e.right == self.normed and "norm_weight" in before)]
         size = self.iterations * self.stages * rows * sum(fields.values()) if self.layers else 0
-        self.records = problem.h.new_empty(size)
+        self.records = problem.h.new_empty(size, dtype=problem.operand_dtype)
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(problem.sets, *shape, dtype=torch.float32, device=problem.h.device)
