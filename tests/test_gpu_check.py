@@ -178,7 +178,7 @@ def test_what_the_tests_found_before_their_time_was_over_is_told(tmp_path: Path)
     bad, slow = "def test_bad(): assert 0, 'the reason'", "def test_slow(): __import__('time').sleep(60)"
     (tmp_path / "test_it.py").write_text(f"{bad}\n{slow}\n")
     command = (sys.executable, "-m", "bench.shards", "{out}", str(tmp_path), "-p", "no:cacheprovider")
-    verdict = checked(Step("tests", command, 1.0, gpu=False, check=gpu_check.untested), out=tmp_path, seconds=20)["tests"]
+    verdict = checked(Step("tests", command, 1.0, gpu=False, check=gpu_check.untested), out=tmp_path, seconds=14)["tests"]
     assert verdict.status == "timed out"
     log = (tmp_path / "tests.log").read_text()
     assert "part-0.log: 1 failed" in log

@@ -51,8 +51,8 @@ def test_failure_case_01_rows_past_2_31_elements(monkeypatch, tmp_path):
 
 
 def test_groups_hold_as_many_sequences_as_have_room():
-    assert groups._packed([3, 0, 5, 9, 8, 16, 0, 1], 16) == [0, 8, 17, 25, 41, 42]
-    assert groups._packed([0, 0], 16) == [0]
+    assert groups.packed_bounds([3, 0, 5, 9, 8, 16, 0, 1], 16) == [0, 8, 17, 25, 41, 42]
+    assert groups.packed_bounds([0, 0], 16) == [0]
 
 
 @pytest.mark.parametrize("op", ["attention", "transformer"])
