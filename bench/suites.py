@@ -78,7 +78,13 @@ QUICK = (
 CPU_SHAPES = [(64, 64), (128, 128), (128, 512), (256, 256), (256, 1024)]
 CPU_TARGETS = ("mlp-{features}x{hidden}-t{iterations}", "design section 10: the CPU's targets")
 FLOOR = family(*CPU_TARGETS, [*CPU_SHAPES, (512, 512)], rows=16384, iterations=8)
-TRAINING = family(*CPU_TARGETS, CPU_SHAPES, rows=16384, iterations=16, modes=("training",))
+# Sequences of the suite "quick", at the T of the memory that a training step may take.
+DEEP = tuple(
+    replace(case, name=f"{case.name}-t16", iterations=16, modes=("training",))
+    for case in QUICK
+    if case.op in ("attention", "transformer")
+)
+TRAINING = (*family(*CPU_TARGETS, CPU_SHAPES, rows=16384, iterations=16, modes=("training",)), *DEEP)
 
 
 def _headline(d: int, iterations: int, activation: str = "relu", mode: str = "forward") -> Case:

@@ -118,12 +118,7 @@ class Attention(Block):
         heads, features = problem.options.num_heads, problem.features
         copied = problem.inputs["rotary_cos"] is not None or problem.operand_dtype != problem.compute_dtype
         norm = 2 * heads + (2 * features if copied else 0)
-        # Of a head: weights or a logsumexp. Among packed sequences of up to so many tokens are any shorter ones.
-        most = sdpa.short(features // heads, problem.h.device.type)
-        # To know the longest of packed ones waits for a GPU, where none is short.
-        longest = problem.tokens if most else 0
-        weights = longest if longest <= most else most if problem.inputs["cu_seqlens"] is not None else 0
-        return 4 * features + heads * max(weights, 1) + (norm if problem.options.qk_norm else 0)
+        return 4 * features + heads + (norm if problem.options.qk_norm else 0)
 
     def inner(self, y: Tensor, index: int) -> Tensor:
         x, _ = self.normalise(y, index)

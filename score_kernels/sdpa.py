@@ -1,9 +1,8 @@
 """Scaled dot-product attention for `blas`: softmax(scale q k^T + mask) v, and its gradient by hand.
 
 Shapes: q, k, v (B, heads, N, d), their last dimension contiguous; mask broadcastable to (B, heads, N, N), added, in q's
-dtype, -inf where a key takes no part. What is kept for backward is the logsumexp of the scores, (B, heads, N); of short
-sequences the weights, (B, heads, N, N). A row with nothing to attend to gives 0, and zero gradients. No (N, N) matrix of all
-heads exists at a time beyond the scratch budget.
+dtype, -inf where a key takes no part. What is kept for backward is the logsumexp of the scores, (B, heads, N). A row with
+nothing to attend to gives 0, and zero gradients. No (N, N) matrix of all heads exists at a time beyond the scratch budget.
 """
 
 from __future__ import annotations
@@ -20,19 +19,9 @@ aten = torch.ops.aten
 # Matrices as large as the scores that exist at a time in backward.
 _SCORES = 3
 
-# On a CPU sequences of so many tokens are faster by products of whole matrices than by torch's kernel.
-_SHORT = 64
-
-
-def short(features: int, device: str) -> int:
-    """The most tokens of sequences that keep their weights: a row of a head at most four times its features."""
-    return min(_SHORT, 4 * features) if device == "cpu" else 0
-
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """out, and the logsumexp or the weights"""
-    if q.shape[2] <= short(q.shape[3], q.device.type):
-        return whole(q, k, v, mask, causal, scale)
+    """out, and the logsumexp"""
     if q.device.type != "cpu":
         return chunked(q, k, v, mask, causal, scale)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
@@ -43,47 +32,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
 
 
 def backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Tensor, mask: Tensor | None, causal: bool, scale: float
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dL/dq, dL/dk, dL/dv from g = dL/dout."""
-    if q.shape[2] <= short(q.shape[3], q.device.type):
-        return whole_backward(g, q, k, v, kept, scale)
     if q.device.type != "cpu":
-        return chunked_backward(g, q, k, v, out, kept, mask, causal, scale)
+        return chunked_backward(g, q, k, v, out, lse, mask, causal, scale)
     found: tuple[Tensor, Tensor, Tensor] = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        g, q, k, v, out, kept, 0.0, causal, attn_mask=mask, scale=scale
+        g, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
     )
     return found
-
-
-def whole(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """`forward` with all scores at a time; it keeps the weights."""
-    shape = *q.shape[:3], k.shape[2]
-    scores = q.new_empty(shape)
-    scores.flatten(0, 1).baddbmm_(_batch(q), _batch(k).mT, beta=0, alpha=scale)
-    if mask is not None:
-        scores += mask
-    if causal:
-        scores.masked_fill_(_later(scores), -torch.inf)
-    weights = torch.softmax(scores, -1) if mask is None else torch._safe_softmax(scores, -1)
-    return torch.bmm(weights.flatten(0, 1), _batch(v)).view(q.shape), weights
-
-
-def whole_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`backward`, likewise: with P the weights, dv = P^T g and dS = P (dP - <P, dP>), dP = g v^T."""
-    g, weights = _batch(g), weights.flatten(0, 1)
-    dweights = torch.bmm(g, _batch(v).mT)
-    dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
-    dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
-    dq.flatten(0, 1).baddbmm_(dscores, _batch(k), beta=0, alpha=scale)
-    dk.flatten(0, 1).baddbmm_(dscores.mT, _batch(q), beta=0, alpha=scale)
-    dv.flatten(0, 1).baddbmm_(weights.mT, g, beta=0)
-    return dq, dk, dv
-
-
-def _batch(x: Tensor) -> Tensor:
-    """(B, heads, N, d) as (B heads, N, d), contiguous"""
-    return x.contiguous().flatten(0, 1)
 
 
 def chunked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

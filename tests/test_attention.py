@@ -22,19 +22,6 @@ from score_kernels import functional as SF
 every_backend = pytest.mark.parametrize("backend", ["reference", "blas"])
 
 
-@pytest.fixture
-def as_long_sequences(monkeypatch):
-    """Sequences of any length go to torch's kernel."""
-    monkeypatch.setattr(sdpa, "_SHORT", 0)
-
-
-@pytest.fixture(params=["whole", "torch's kernel"])
-def any_length(request):
-    """Short sequences, and the same as long ones."""
-    if request.param != "whole":
-        request.getfixturevalue("as_long_sequences")
-
-
 class TestAttention(RowWise):
     op = "attention"
     test_random_shapes = random_shapes("attention")
@@ -111,7 +98,6 @@ def test_scaled_dot_product_attention_of_torch(backend):
 
 
 @every_backend
-@pytest.mark.usefixtures("any_length")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, F64], ids=str)
 def test_failure_case_11_rows_with_nothing_to_attend_to(backend, dtype):
     """F is b_out there, whichever mask it was, and all gradients are numbers."""
@@ -136,7 +122,6 @@ def test_failure_case_11_rows_with_nothing_to_attend_to(backend, dtype):
 
 
 @every_backend
-@pytest.mark.usefixtures("any_length")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("sentinel", ["-1e4", "-1e9", "min"])
 @pytest.mark.parametrize("causal", [False, True])
@@ -160,7 +145,6 @@ def test_failure_case_12_infinities_and_finite_sentinels(backend, dtype, sentine
 KEPT = [{}, {"qk_norm": True}, {"qk_norm": True, "rotary": "base"}, {"qk_norm": True, "dtype": torch.bfloat16}]
 
 
-@pytest.mark.usefixtures("any_length")
 @pytest.mark.parametrize("choices", [*KEPT, {"sequences": "packed"}, {"solver": "heun", "mask": "padding"}], ids=str)
 def test_backward_uses_what_the_block_keeps(monkeypatch, choices):
     """What the walk kept is what backward would compute again, and a wrong value of it makes wrong gradients."""
@@ -321,10 +305,9 @@ def as_on_a_gpu(monkeypatch):
 IN_SCORES = [c for c in cases.single("attention") if c.keys() & {"heads", "causal", "mask", "scale", "sequences"}]
 
 
-@pytest.mark.parametrize("way", ["as_on_a_gpu", "as_long_sequences"])
+@pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("choices", IN_SCORES, ids=cases.label)
-def test_other_ways_to_attend(request, way, choices):
-    request.getfixturevalue(way)
+def test_attention_by_query_rows(choices):
     case = build("attention", rows=18, **choices)
     with planned(rows=9, backward_rows=9, interval=2):
         assert_close(gradients(case, "blas"), gradients(case, "oracle"))

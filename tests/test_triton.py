@@ -86,7 +86,8 @@ def test_failure_case_27_the_table_that_is_kept_is_made_on_a_thread_of_its_own(m
 @both_ops
 def test_a_tile_of_64_rows(op):
     """Hopper's tiles take a way of their own through scratch, which the interpreter's small ones do not."""
-    case = build(op, **EVERYTHING[op], rows=67, features=17, hidden=33, iterations=1, solver="rk4", dt="vector", dtype=torch.float32)
+    sizes = {"rows": 67, "features": 17, "hidden": 33, "iterations": 1}
+    case = build(op, **EVERYTHING[op], **sizes, solver="rk4", dt="vector", dtype=torch.float32)
     with planned(chunk_rows=1 << 10, programs=1):
         expected = gradients(case, "triton")
     with planned(chunk_rows=1 << 10, programs=1, backward_tile=INTERPRETED._replace(rows=64)):
