@@ -24,15 +24,14 @@ def checkpoints(rows: int, iterations: int, state: int, kept: int, budget: int, 
     """Rows and checkpoint interval of backward, which may keep 2 ceil(sqrt(T)) forward tiles of states, `budget` bytes in all.
 
     Every state of a smaller tile costs one walk through the iterations; where that tile would be too small to multiply
-    well, every sqrt(T)-th state of a larger one costs a second walk.
+    well, every sqrt(T)-th state of a larger one costs a second walk. A block that keeps more than states has half of a forward
+    tile's rows, whatever T, for its working set is larger; within the bytes.
     """
     allowed = 2 * math.isqrt(max(iterations - 1, 0)) + 2
-    # A block that keeps more than states has twice a forward tile's working set.
-    rows = max(rows // 2, 1) if kept else rows
     for interval in (1, math.isqrt(max(iterations - 1, 0)) + 1):
         states = max(scratch_tiles(iterations, interval), 1)
         row = max(scratch_row(iterations, interval, state, kept), state)
-        fit = min(rows * min(allowed / states, 1), budget / row)
+        fit = min(max(rows // 2, 1) if kept else rows * min(allowed / states, 1), budget / row)
         if fit >= max(CPU_ROWS[0], tokens):
             break
     return _whole(power_of_two(int(fit)), tokens), interval
