@@ -180,7 +180,9 @@ def _smaller(rows: dict[str, Row], peer: str, ours: str) -> float | None:
 
 
 def _compact(key: str, value: Any) -> str:
-    """A tile is its sizes."""
+    """A tile is its sizes; halves of a transformer are their names."""
+    if key == "halves":
+        return " and ".join(op for op, _ in value)
     if isinstance(value, dict):
         return " ".join(f"{name}={size}" for name, size in value.items() if size)
     return f"{value / 2**20:.1f} MiB" if key.endswith("_bytes") else str(value)

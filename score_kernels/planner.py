@@ -153,7 +153,7 @@ def _halves(*, hidden: int, tokens: int, heads: int, **call: Any) -> Halves:
     own = {"attention": {"hidden": 3 * call["features"], "tokens": tokens, "heads": heads}, "mlp": {"hidden": hidden}}
     for op in HALVES:
         gated = op == "mlp" and call["gated"]
-        with suppress(ValueError):
+        with suppress(ValueError):  # refused, as by name: blas has this half
             found.append((op, plan(op, **{**call, **own[op], "gated": gated, "iterations": 1, "backend": "triton"})))
     return tuple(found)
 

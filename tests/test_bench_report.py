@@ -203,6 +203,8 @@ def test_plans_are_told_in_one_line():
     assert plan_text({**plan, "skipped": [["cuda", "not yet"]]}) == (
         "triton, backward blas; scratch 3.0 MiB; forward tile rows=64; not cuda: not yet"
     )
+    halves = [["attention", plan], ["mlp", plan]]
+    assert plan_text({"backend": "triton", "halves": halves, "skipped": []}) == "triton; halves attention and mlp"
 
 
 def titles(made) -> list[str]:
