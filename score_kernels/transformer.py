@@ -21,13 +21,16 @@ class Transformer(Block):
         # Not the base's: the halves hold the parameters.
         given = gradients or {}
         of = {op: {name: given.get(in_half(op, name), []) for name in SHAPES[op]} for op in HALVES}
-        self.attention = Attention(problem.half("attention"), of["attention"])
-        self.mlp = MLP(problem.half("mlp"), of["mlp"])
+        self.attention, self.mlp = (self.half(problem.half(op), of[op]) for op in HALVES)
         self.post = problem.options.norm_placement == "post"
         # Who norms the sums: a half without its products, with the same parameters and gradients.
         self.norms = copy(self.attention), copy(self.mlp)
         for block in (self.attention, self.mlp) if self.post else self.norms:
             block.norm = "none"
+
+    def half(self, problem: Problem, gradients: Gradients) -> Block:
+        """The block of a half's problem."""
+        return Attention(problem, gradients) if problem.op == "attention" else MLP(problem, gradients)
 
     def tiles(self, total: int, rows: int) -> Iterator[Rows]:
         return self.attention.tiles(total, rows)

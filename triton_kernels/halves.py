@@ -49,22 +49,25 @@ class Halves(Transformer):
     """A transformer of which the halves in `plans` run by these, the others as in `Transformer`."""
 
     def __init__(self, problem: Problem, gradients: Gradients | None = None, *, plans: dict[str, Plan]) -> None:
+        self.plans = plans
         super().__init__(problem, gradients)
-        for op, plan in plans.items():
-            block = getattr(self, op)
-            made = Half if op == "mlp" else HalfOnSequences
-            setattr(self, op, made(problem.half(op), plan, block.norm, block.gradients))
+
+    def half(self, problem: Problem, gradients: Gradients) -> Block:
+        plan = self.plans.get(problem.op)
+        if plan is None:
+            return super().half(problem, gradients)
+        return (HalfOnSequences if problem.op == "attention" else Half)(problem, plan, gradients)
 
 
 class Half(Block):
     """F of one half on the rows of a tile: a call of its op with one iteration, h <- w F(h)."""
 
-    def __init__(self, problem: Problem, plan: Plan, norm: str, gradients: Gradients) -> None:
+    def __init__(self, problem: Problem, plan: Plan, gradients: Gradients) -> None:
+        # Not the base's: kernels read the parameters as they are, but those of a norm that follows, which they do not have.
         self.problem, self.plan, self.gradients = problem, plan, gradients
+        self.norm, self.eps, self.features = problem.options.norm, problem.options.eps, [problem.features]
         self.operand_dtype, self.dtype = problem.operand_dtype, problem.compute_dtype
-        self.options = problem.options._replace(
-            norm=norm, solver="euler", order="consecutive", grad_iterations=ALL_ITERATIONS, trajectory=False
-        )
+        self.parameters = {name: [p.to(self.dtype) for p in problem.parameters[name]] for name in NORM}
         self.coefficients = problem.coefficients.new_zeros(1, 1, 5)
         # Of the tile: its shape as the op takes it, and the inputs of its sequences.
         self.shape: Sequence[int] = (-1, problem.features)
@@ -98,11 +101,14 @@ class Half(Block):
         coefficients = self.coefficients.clone()
         coefficients[..., 3] = w
         chosen = {name: self.problem.parameter(name, index) for name in self.problem.parameters}
-        absent = NORM if self.options.norm == "none" else ()
+        absent = NORM if self.norm == "none" else ()
+        options = self.problem.options._replace(
+            norm=self.norm, solver="euler", order="consecutive", grad_iterations=ALL_ITERATIONS, trajectory=False
+        )
         return replace(
             self.problem, h=y.view(self.shape), x0=None, coefficients=coefficients, state_scale=None, x0_scale=None,
             parameters={name: [] if p is None or name in absent else [p] for name, p in chosen.items()},
-            inputs=self.inputs, options=self.options,
+            inputs=self.inputs, options=options,
         )  # fmt: skip
 
 
