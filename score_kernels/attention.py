@@ -15,7 +15,7 @@ from torch import Tensor
 from . import sdpa
 from .blocks import Block, Gradients, Rows
 from .linalg import Number, dot, product
-from .problem import Problem, sequence_lengths
+from .problem import Problem
 
 # Inputs of which each sequence may have its own, and the dimensions of one.
 MASKS = {"key_padding_mask": 1, "attn_mask": 3}
@@ -50,7 +50,7 @@ class Attention(Block):
     def tiles(self, total: int, rows: int) -> Iterator[Rows]:
         """Whole sequences, as many as `rows` have room for, at least one. Packed ones come in the order of their lengths."""
         if self.problem.inputs["cu_seqlens"] is not None:
-            yield from self._packed_tiles(self.problem.inputs["cu_seqlens"], rows)
+            yield from self._packed_tiles(rows)
             return
         tokens = self.problem.h.shape[-2]
         step = max(rows // max(tokens, 1), 1) * tokens
@@ -61,9 +61,8 @@ class Attention(Block):
             self.mask = self._mask(sequences)
             yield slice(start, stop)
 
-    def _packed_tiles(self, cu_seqlens: Tensor, rows: int) -> Iterator[Rows]:
-        packed = self.problem.h.shape[-2]
-        lengths = sequence_lengths(cu_seqlens, packed, self.options.max_seqlen)
+    def _packed_tiles(self, rows: int) -> Iterator[Rows]:
+        packed, lengths = self.problem.h.shape[-2], self.problem.lengths
         starts = accumulate(lengths[:-1], initial=0)
         batch = self.problem.h.numel() // max(packed * self.problem.features, 1)
         found = [(n, i * packed + start) for start, n in zip(starts, lengths, strict=True) for i in range(batch) if n]

@@ -42,7 +42,7 @@ def tiles(
     width = _columns(features) * operands
     if kind in SEQUENCES:
         key = (attention_configs.group_rows(tokens), width, _columns(head) * operands)
-        forward, backward = (table[found].get(key) for table in SEQUENCES[kind])
+        forward, backward = (place(table[found], *key) for table in SEQUENCES[kind])
         if forward is None:
             return None, None, f"D = {features} with heads of {head} features does not fit in registers for N = {tokens}"
         return forward, backward, machine.too_large(forward.shared)
@@ -50,6 +50,12 @@ def tiles(
         most = max(widths, default=0) // operands
         return None, None, f"D = {features} does not fit in registers with this block and solver ({most} at most)"
     return widths[width], BACKWARD[found].get(kind, {}).get(width), machine.too_large(widths[width].shared)
+
+
+def place(table: dict[tuple[int, int, int], SequenceTile], rows: int, columns: int, head: int) -> SequenceTile | None:
+    """Of the tiles for such groups that have room for this width and these heads the one of the narrowest place."""
+    able = [key for key in table if key[0] == rows and key[1] >= columns and key[2] >= head]
+    return table[min(able)] if able else None
 
 
 def forward_programs(tile: SequenceTile, features: int, machine: Machine, budget: int) -> int:

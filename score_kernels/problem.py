@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
@@ -110,7 +110,8 @@ def without_autocast(device: str) -> AbstractContextManager[None]:
 class Problem:
     """h (..., D); x0 like h; coefficients (T, stages, 5); state_scale, x0_scale (T,); parameters by name, each a list.
 
-    inputs: those of `INPUTS[op]` by name, None where they are not given.
+    inputs: those of `INPUTS[op]` by name, None where they are not given. known: the lengths of packed sequences, once they have
+    been read; a problem that is made of this one shares them.
     """
 
     op: str
@@ -122,6 +123,7 @@ class Problem:
     parameters: dict[str, list[Tensor]]
     inputs: dict[str, Tensor | None]
     options: Options
+    known: list[list[int]] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def build(cls, op: str, tensors: Sequence[Tensor | None], options: Options) -> Problem:
@@ -164,8 +166,17 @@ class Problem:
             return 1
         packed, rows = self.inputs["cu_seqlens"], self.h.shape[-2]
         if packed is not None and readable(packed):
-            rows = max(sequence_lengths(packed, rows, self.options.max_seqlen), default=0)
+            rows = max(self.lengths, default=0)
         return max(rows, 1)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of packed sequences, read on the host once."""
+        if not self.known:
+            packed = self.inputs["cu_seqlens"]
+            assert packed is not None
+            self.known.append(sequence_lengths(packed, self.h.shape[-2], self.options.max_seqlen))
+        return self.known[0]
 
     @property
     def sets(self) -> int:

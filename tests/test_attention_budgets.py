@@ -1,8 +1,8 @@
 """Tiles of the attention kernels, compiled ahead of time as in `test_budgets.py`: no spill, the shared memory that is said.
 
-The tests compile some of the table, to which the others are near. `python tests/test_attention_budgets.py` compiles all of it,
-with the solver that has the most state and with Euler, and prints what is over its budget; under another Triton with the folder
-of that first in PYTHONPATH. `search 90 forward "gated transformer" 128 128 32` prints tiles within budget for a place of the
+The tests compile some of the table, to which the others are near. `python tests/test_attention_budgets.py 90` compiles all that
+the planner finds in it for a family, with the solver that has the most state and with Euler, and prints what is over its budget;
+under another Triton with the folder of that first in PYTHONPATH. `search 90 forward "gated transformer" 128 128 32` prints tiles within budget for a place of the
 table (family, pass, kind; rows, D, features of a head).
 """
 
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 from test_budgets import SHARED, STAGES, STATE, VERSIONS, compiled, report, serve
 
-from score_kernels.kernel_tiles import SEQUENCES
+from score_kernels.kernel_tiles import SEQUENCES, place
 from score_kernels.problem import SHAPES
 from score_kernels.triton_kernels.attention_configs import (
     FORWARD_SLOTS,
@@ -30,6 +30,12 @@ from score_kernels.triton_kernels.attention_configs import (
 
 DIRECTIONS = ("forward", "backward")
 KINDS = tuple(SEQUENCES)
+# Rows of a group, D and features of a head: the powers of two that a call is padded to.
+PLACES = [
+    (rows, columns, features)
+    for rows, columns, features in itertools.product((64, LONGEST), (16, 32, 64, 128, 256), (16, 32, 64))
+    if features <= columns
+]
 # A transformer's tile is for norms in either place.
 PLACEMENTS = {"attention": ("pre",), "transformer": ("post", "pre"), "gated transformer": ("post", "pre")}
 
@@ -40,6 +46,7 @@ class Job(NamedTuple):
     arch: int | str
     direction: str
     columns: int
+    features: int
     tile: tuple[int, ...]
     state_tiles: int = 3
     dtype: str = "bf16"
@@ -51,7 +58,7 @@ class Job(NamedTuple):
 
     @property
     def name(self) -> str:
-        shape = f"{self.arch} {self.direction} D={self.columns} {self.tile}"
+        shape = f"{self.arch} {self.direction} D={self.columns} d={self.features} {self.tile}"
         return f"{shape} {self.state_tiles} {self.dtype} {self.mask} {self.kind} {self.placement}"
 
 
@@ -61,10 +68,11 @@ def table(kind: str, direction: str) -> dict[int, dict[tuple[int, int, int], Seq
 
 
 def jobs_of(family: int, direction: str, kind: str = "attention", **options: Any) -> list[Job]:
-    """A pass of every tile of a part of the table, with norms in both places."""
+    """A pass in all places that have a tile, the widest last, with norms in both places."""
     return [
-        Job(family, direction, columns, tuple(tile), kind=kind, placement=placement, **options)
-        for (_, columns, _), tile in table(kind, direction)[family].items()
+        Job(family, direction, columns, features, tuple(tile), kind=kind, placement=placement, **options)
+        for rows, columns, features in PLACES
+        if (tile := place(table(kind, direction)[family], rows, columns, features))
         for placement in PLACEMENTS[kind]
     ]
 
@@ -131,7 +139,7 @@ def compile_job(job: Job) -> dict[str, int]:
         parameters=6, gain=True, norm_bias=True, gain_float32=False, stages=STAGES[job.state_tiles],
         uses_z=job.state_tiles > 1, uses_sum=job.state_tiles > 2, cyclic=False, x0=True, state_scale=True, x0_scale=True,
         records=0 if backward else STAGES[job.state_tiles], slots=backward_slots(tile) if backward else FORWARD_SLOTS,
-        heads=job.columns // tile.features, causal=True, qk_norm=True, angles=tile.features // 2, padding=not job.packed,
+        heads=job.columns // job.features, causal=True, qk_norm=True, angles=job.features // 2, padding=not job.packed,
         mask="none" if job.packed else job.mask, packed=job.packed, several=job.packed or tile.rows <= 2 * SHORT, **wanted,
     )  # fmt: skip
     of_mlp = None
@@ -160,12 +168,12 @@ def compile_job(job: Job) -> dict[str, int]:
     return report(kernel, types, {"S": static, "M": of_mlp}, job.arch, tile.warps, tile.stages)
 
 
-def fitting(family: int, direction: str, kind: str, columns: int, tile: SequenceTile) -> SequenceTile | None:
+def fitting(family: int, direction: str, kind: str, columns: int, features: int, tile: SequenceTile) -> SequenceTile | None:
     """The tile with its shared memory, if it is within budget under both versions, with the most state and with Euler."""
     shared = 0
     for version, tiles, placement in itertools.product(VERSIONS, (3, 1), PLACEMENTS[kind]):
         given = tuple(tile._replace(shared=SHARED[family]))
-        job = Job(family, direction, columns, given, state_tiles=tiles, kind=kind, placement=placement)
+        job = Job(family, direction, columns, features, given, state_tiles=tiles, kind=kind, placement=placement)
         results = compiled([job], version, __file__)
         if misses([job], results):
             return None
@@ -179,7 +187,7 @@ def search(family: int, direction: str, kind: str, key: tuple[int, int, int]) ->
     chunks = (0,) if kind == "attention" else (64, 32, 16)
     for rows_at_a_time, hidden, warps, pipeline in itertools.product((64, 32, 16), chunks, (8, 4), (2, 1)):
         tile = SequenceTile(rows, rows_at_a_time, features, warps, pipeline, 0, hidden)
-        if found := fitting(family, direction, kind, columns, tile):
+        if found := fitting(family, direction, kind, columns, features, tile):
             yield found
 
 

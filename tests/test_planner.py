@@ -206,7 +206,7 @@ TRANSFORMER = {**CALL, **ATTENTION, "op": "transformer", "machine": GPUS[90], "s
 @pytest.mark.parametrize(
     ("changes", "halves"),
     [
-        ({"heads": 4}, {"attention": "both", "mlp": "both"}),
+        ({"heads": 1}, {"mlp": "both"}),
         ({"features": 256, "heads": 8, "hidden": 1024}, {"mlp": "forward"}),
         ({"tokens": 129}, {"mlp": "both"}),
         ({"features": 128, "tokens": 129, "gated": True, "machine": GPUS[80]}, {"mlp": "forward"}),
@@ -236,7 +236,7 @@ def test_backward_alone_goes_by_halves(arch):
 @pytest.mark.parametrize("tokens", [48, 129])
 def test_halves_and_the_walk_share_the_scratch(tokens):
     """A walk keeps what the attention of blas would compute again; a kernel's keeps nothing."""
-    call = {**TRANSFORMER, "heads": 4, "tokens": tokens, "kept": 300}
+    call = {**TRANSFORMER, "machine": GPUS[80], "tokens": tokens, "kept": 300}
     p = plan(**call, backend="triton")
     walk = p.backward_rows * row_tiles.scratch_row(8, p.interval, 4 * 64, 4 * (300 if tokens > 128 else 0))
     assert p.scratch_bytes == walk + max(of.scratch_bytes for _, of in p.halves)
@@ -244,10 +244,24 @@ def test_halves_and_the_walk_share_the_scratch(tokens):
 
 
 def test_auto_takes_halves_on_verified_hardware_only():
-    call = {**TRANSFORMER, "heads": 4}
+    call = {**TRANSFORMER, "tokens": 129}
     assert (plan(**call).backend, plan(**call).halves) == ("blas", ())
     p = plan(**{**call, "machine": VERIFIED[90]})
-    assert (p.backend, p.halves) == ("triton", plan(**call, backend="triton").halves)
+    assert (p.backend, [op for op, _ in p.halves]) == ("triton", ["mlp"])
+    assert p.halves == plan(**call, backend="triton").halves
+
+
+@pytest.mark.parametrize("arch", GPUS)
+def test_a_place_without_a_tile_takes_that_of_the_next_wider_one(arch):
+    """In D and in features of a head; not in rows of a group, which both passes share."""
+    call = {**CALL, **ATTENTION, "machine": GPUS[arch], "backend": "triton", "scratch_budget": 512 << 20}
+    own = {heads: plan(**{**call, "features": 64, "heads": heads}).forward_tile for heads in (2, 4)}
+    assert {heads: tile.features for heads, tile in own.items()} == {2: 32, 4: 16}
+    for features, heads, of in ((16, 1, 4), (33, 3, 4), (5, 5, 4), (20, 1, 2), (64, 3, 2), (40, 2, 2)):
+        assert plan(**{**call, "features": features // heads * heads, "heads": heads}).forward_tile == own[of]
+    wide = plan(**{**call, "features": 128, "heads": 4}).forward_tile
+    assert wide.rows == own[2].rows
+    assert plan(**{**call, "features": 128, "heads": 8}).forward_tile == wide
 
 
 @pytest.mark.parametrize(

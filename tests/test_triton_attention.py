@@ -7,11 +7,16 @@ import weakref
 import cases
 import pytest
 import torch
-from cases import build, call, planned
-from sequence_kernels import SequenceKernels
+from cases import F64, build, call, gradients, planned
+from kernels import error
+from row_wise import COEFFICIENTS, EVERYTHING
+from sequence_kernels import SequenceKernels, without
 from triton.runtime import interpreter
 
+from score_kernels import problem
+from score_kernels.problem import sequence_lengths
 from score_kernels.triton_kernels import groups, launch
+from score_kernels.triton_kernels.attention_configs import interpreted
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the same tests on this machine's GPU")
 
@@ -56,6 +61,33 @@ def test_groups_hold_as_many_sequences_as_have_room():
 
 
 @pytest.mark.parametrize("op", ["attention", "transformer"])
+def test_heads_that_are_narrower_than_their_tile(op):
+    """As where the table has no place of their own."""
+    sizes = {"rows": 17, "features": 6, "heads": 3, "iterations": 2, "layout": "vector"}
+    case = build(op, **{**EVERYTHING[op], **COEFFICIENTS, **sizes}, dtype=torch.float32)
+    expected = gradients(case, "triton")
+    tile = interpreted(17, 20, op == "transformer")
+    assert tile.features == 32
+    with planned(forward_tile=tile, backward_tile=tile):
+        found = gradients(case, "triton")
+    for name, x in expected.items():
+        assert error(found[name], x.to(F64)) <= 16 * torch.finfo(torch.float32).eps, name
+
+
+@pytest.mark.parametrize("op", ["attention", "transformer"])
+def test_offsets_of_packed_sequences_are_read_once_a_pass(op, monkeypatch):
+    """Each time a GPU would be waited for."""
+    read = []
+    monkeypatch.setattr(problem, "sequence_lengths", lambda *given: (read.append(given), sequence_lengths(*given))[1])
+    case = build(op, rows=9, features=8, iterations=3, sequences="packed", dtype=torch.float32)
+    gradients(case, "triton")
+    assert len(read) == 2
+    with without("transformer"), planned(rows=4, backward_rows=4):
+        gradients(case, "triton")
+    assert len(read) == 4
+
+
+@pytest.mark.parametrize("op", ["attention", "transformer"])
 def test_scratch_of_forward_and_backward_is_never_there_at_once(op, monkeypatch):
     """As the planner counts it."""
     original, made = launch._scratch, []
@@ -69,5 +101,5 @@ def test_scratch_of_forward_and_backward_is_never_there_at_once(op, monkeypatch)
     monkeypatch.setattr(launch, "_scratch", scratch)
     case = build(op, rows=6, features=8, iterations=1, dtype=torch.float32)
     with planned(chunk_rows=16, programs=1):
-        cases.gradients(case, "triton")
+        gradients(case, "triton")
     assert len(made) == 3

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from score_kernels.problem import Problem, sequence_lengths
+from score_kernels.problem import Problem
 
 from .sequences import Sequences
 
@@ -37,7 +37,7 @@ class Groups:
             self.bounds = range(0, self.total + step, step) if self.total else range(1)
             self.starts = self.positions = problem.coefficients
         else:
-            self.bounds = packed_bounds(sequence_lengths(packed, self.tokens) * self.batch.numel(), rows)
+            self.bounds = packed_bounds(problem.lengths * self.batch.numel(), rows)
             self.starts = torch.tensor(self.bounds, dtype=torch.int64, device=device)
             first = torch.repeat_interleave(packed[:-1].long(), packed.diff().long(), output_size=self.tokens)
             self.positions = (torch.arange(self.tokens, device=device) - first).int().repeat(self.batch.numel())

@@ -20,7 +20,7 @@ from score_kernels.blocks import Block, Gradients, Rows
 from score_kernels.linalg import Number
 from score_kernels.plan import Plan
 from score_kernels.pointers import NORM
-from score_kernels.problem import ALL_ITERATIONS, Problem, sequence_lengths
+from score_kernels.problem import ALL_ITERATIONS, Problem
 from score_kernels.transformer import Transformer
 
 from . import launch
@@ -71,7 +71,7 @@ class Half(Block):
         self.coefficients = problem.coefficients.new_zeros(1, 1, 5)
         # Of the tile: its shape as the op takes it, and the inputs of its sequences.
         self.shape: Sequence[int] = (-1, problem.features)
-        self.inputs = problem.inputs
+        self.inputs, self.known = problem.inputs, problem.known
 
     def inner(self, y: Tensor, index: int) -> Tensor:
         out = torch.empty_like(y)
@@ -108,7 +108,7 @@ class Half(Block):
         return replace(
             self.problem, h=y.view(self.shape), x0=None, coefficients=coefficients, state_scale=None, x0_scale=None,
             parameters={name: [] if p is None or name in absent else [p] for name, p in chosen.items()},
-            inputs=self.inputs, options=options,
+            inputs=self.inputs, options=options, known=self.known,
         )  # fmt: skip
 
 
@@ -121,12 +121,13 @@ class HalfOnSequences(Half):
             self.shape = problem.h.shape
             yield slice(0, total)
         elif problem.inputs["cu_seqlens"] is not None:
-            lengths = sequence_lengths(problem.inputs["cu_seqlens"], tokens) * problem.h.shape[:-2].numel()
+            lengths = problem.lengths * problem.h.shape[:-2].numel()
             starts = list(accumulate(lengths, initial=0))
             for first, last in pairwise(packed_bounds(lengths, rows)):
                 offsets = [start - first for start in starts if first <= start <= last]
                 of_tile = {"cu_seqlens": torch.tensor(offsets, dtype=torch.int32, device=problem.h.device)}
                 self.inputs = {**problem.inputs, **of_tile}
+                self.known = [[stop - start for start, stop in pairwise(offsets)]]
                 yield slice(first, last)
         else:
             self.shape, step = (-1, tokens, features), max(rows // tokens, 1)
