@@ -1,5 +1,6 @@
 """What all tests share: one thread for each test process, the same hypothesis examples on every run, where a GPU is needed."""
 
+import gc
 import importlib
 import os
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ if not GPU:
     # comes first, perhaps one that has taken the variable away.
     os.environ["TRITON_INTERPRET"] = "1"
     importlib.import_module("triton")
+    importlib.import_module("quick_interpreter").apply()
 
 torch.set_num_threads(1)
 # torch.compile compiles in the test's process: a pool of its own has more to wait for than it saves here.
@@ -31,6 +33,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if not GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False"))
+
+
+def pytest_collection_finish():
+    """What there is by now stays: it need not be looked through for garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

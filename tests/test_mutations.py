@@ -37,9 +37,11 @@ WRONG = re.compile(
 # process forked from this one: what it imports, but for the package, is imported once for all mutants. Memory that a mutant
 # leaves unwritten may hold anything, of which NumPy would warn before the test compares it.
 RUNNER = """
-import json, os, signal, sys
+import gc, json, os, signal, sys
 import hypothesis, pytest, torch._dynamo, triton.runtime.interpreter
 
+# What is there now stays out of the way of a child's garbage collection, and its pages stay shared.
+gc.freeze()
 for line in sys.stdin:
     folder, test, output = json.loads(line)
     child = os.fork()
@@ -49,7 +51,9 @@ for line in sys.stdin:
         file = os.open(output, os.O_CREAT | os.O_WRONLY)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        status = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", test])
+        # Not with what collects garbage at the end, which takes longer than some of the tests.
+        without = ["-p", "no:cacheprovider", "-p", "no:unraisableexception"]
+        status = pytest.main(["-q", "-x", *without, "-W", "ignore::RuntimeWarning", test])
         sys.stdout.flush()
         os._exit(status)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -410,9 +414,9 @@ def run_test():
 
 @pytest.fixture
 def copied(tmp_path):
-    """A copy of the package, the kernels as files in it, and of the tests."""
-    for name in ("score_kernels", "tests"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "_cuda.*", "cuda"))
+    """A copy of the package, the kernels as files in it and what Python has compiled of them, beside the tests as they are."""
+    shutil.copytree(ROOT / "score_kernels", tmp_path / "score_kernels", ignore=shutil.ignore_patterns("_cuda.*", "demo"))
+    (tmp_path / "tests").symlink_to(ROOT / "tests", target_is_directory=True)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
 
@@ -423,6 +427,8 @@ def change(folder: Path, mutant: Mutant) -> None:
     count = text.count(mutant.old)
     assert count == 1, f"{mutant.old!r} is {count} times in triton_kernels/{mutant.file}: bring the table MUTANTS up to date"
     path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*"):
+        compiled.unlink()
 
 
 def test_without_a_mistake_the_test_passes(run_test, copied):
