@@ -1,5 +1,7 @@
-"""Triton's interpreter without work that it does over and over: at every call of a device function it looks through its language
-for what to replace, a third of the time of these tests. Once a launch does, for what was replaced stays until its end.
+"""Triton's interpreter without work that it does over and over.
+
+At every call of a device function it looks through its language for what to replace, a third of the time of its tests. Once a
+launch does, for what was replaced stays until the launch ends.
 """
 
 from __future__ import annotations

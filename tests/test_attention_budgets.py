@@ -1,9 +1,9 @@
 """Tiles of the attention kernels, compiled ahead of time as in `test_budgets.py`: no spill, the shared memory that is said.
 
 The tests compile some of the table, to which the others are near. `python tests/test_attention_budgets.py 90` compiles all that
-the planner finds in it for a family, with the solver that has the most state and with Euler, and prints what is over its budget;
-under another Triton with the folder of that first in PYTHONPATH. `search 90 forward "gated transformer" 128 128 32` prints tiles within budget for a place of the
-table (family, pass, kind; rows, D, features of a head).
+the planner finds in it for a family, with the solver that has the most state and with Euler, and prints what is over its
+budget; under another Triton with the folder of that first in PYTHONPATH. `search 90 forward "gated transformer" 128 128 32`
+prints tiles within budget for a place of the table (family, pass, kind; rows, D, features of a head).
 """
 
 from __future__ import annotations
