@@ -144,7 +144,7 @@ class Attention(Block):
         qkv, normed, out, of_groups = self._heads_of(x, index, keep=True) if kept is None else kept
         u, g = self.round(out), self.round(g)
         self.accumulate_linear("w_out", "b_out", index, g, u, w)
-        du = product(g, self.weight("w_out", index).t())
+        du = product(g, self.transposed("w_out", index))
         dw = dot(du, u) if want_dw else None
         bias = self.get("b_out", index)
         if dw is not None and bias is not None:
@@ -152,7 +152,7 @@ class Attention(Block):
         dqkv = self._attend_backward(du.mul_(w), qkv, out, of_groups)
         dqkv = self.round(self._prepare_backward_(dqkv, normed))
         self.accumulate_linear("w_qkv", "b_qkv", index, dqkv, x)
-        return self.normalise_backward(product(dqkv, self.weight("w_qkv", index).t()), y, saved, index), dw
+        return self.normalise_backward(product(dqkv, self.transposed("w_qkv", index)), y, saved, index), dw
 
     def _prepare_(self, qkv: Tensor, keep: bool) -> tuple[Tensor, Tensor] | None:
         """q and k normed and rotated, and all three as operands, in place; to keep: what the norm's gradient needs."""

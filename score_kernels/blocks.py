@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .linalg import Number, add_, add_outer_, dot, product, scale_
+from .linalg import Number, add_, add_outer_, arranged, dot, product, scale_
 from .problem import Problem
 
 Gradients = dict[str, list[Tensor | None]]
@@ -34,6 +34,7 @@ class Block:
         self.features = [problem.features]
         self.operand_dtype, self.dtype = problem.operand_dtype, dtype
         self.parameters = {name: [p.to(dtype) for p in tensors] for name, tensors in problem.parameters.items()}
+        self.weights = {name: [arranged(p) for p in ps if p.dim() == 2] for name, ps in self.parameters.items()}
         self.gradients = gradients or {}
 
     def tiles(self, total: int, rows: int) -> Iterator[Rows]:
@@ -75,8 +76,14 @@ class Block:
         return tensors[index % len(tensors)] if tensors else None
 
     def weight(self, name: str, index: int) -> Tensor:
-        tensors = self.parameters[name]
+        """W for products x W^T."""
+        tensors = self.weights[name]
         return tensors[index % len(tensors)]
+
+    def transposed(self, name: str, index: int) -> Tensor:
+        """W^T for products g W."""
+        tensors = self.parameters[name]
+        return tensors[index % len(tensors)].t()
 
     def round(self, x: Tensor) -> Tensor:
         """x as an operand of a product."""
@@ -152,13 +159,12 @@ class Linear(Block):
     def backward(
         self, y: Tensor, g: Tensor, w: Number, index: int, want_dw: bool, kept: Any = None
     ) -> tuple[Tensor, Tensor | None]:
-        weight = self.weight("weight", index)
         x, saved = self.normalise(y, index)
-        a = product(x, weight, self.get("bias", index))
+        a = product(x, self.weight("weight", index), self.get("bias", index))
         dw = dot(g, self.activation.forward(a, self.slope)) if want_dw else None
         da = self.round(self.activation.backward(g * w, a, self.slope))
         self.accumulate_linear("weight", "bias", index, da, x)
-        return self.normalise_backward(product(da, weight.t()), y, saved, index), dw
+        return self.normalise_backward(product(da, self.transposed("weight", index)), y, saved, index), dw
 
 
 class MLP(Block):
@@ -181,7 +187,7 @@ class MLP(Block):
         u = self.round(self._activate(up, gate))
         g = self.round(g)
         self.accumulate_linear("w2", "b2", index, g, u, w)
-        du = product(g, self.weight("w2", index).t())
+        du = product(g, self.transposed("w2", index))
         dw = dot(du, u) if want_dw else None
         bias = self.get("b2", index)
         if dw is not None and bias is not None:
@@ -193,16 +199,17 @@ class MLP(Block):
             dup = self.round(du * act.forward(gate, self.slope))
             dgate = self.round(act.backward(du.mul_(up), gate, self.slope))
         self.accumulate_linear("w1", "b1", index, dup, x)
-        dx = product(dup, self.weight("w1", index).t())
+        dx = product(dup, self.transposed("w1", index))
         if dgate is not None:
             self.accumulate_linear("w_gate", "b_gate", index, dgate, x)
-            dx += product(dgate, self.weight("w_gate", index).t())
+            dx += product(dgate, self.transposed("w_gate", index))
         return self.normalise_backward(dx, y, saved, index), dw
 
     def _preactivations(self, x: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
         up = product(x, self.weight("w1", index), self.get("b1", index))
-        gate = self.get("w_gate", index)
-        return up, None if gate is None else product(x, gate, self.get("b_gate", index))
+        if not self.weights["w_gate"]:
+            return up, None
+        return up, product(x, self.weight("w_gate", index), self.get("b_gate", index))
 
     def _activate(self, up: Tensor, gate: Tensor | None) -> Tensor:
         act = self.activation.forward

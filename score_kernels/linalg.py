@@ -37,9 +37,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     processors: MKL, torch's default for this product, runs at half their rate on AMD's (docs/numerics.md).
     `torch.backends.mkldnn.flags(enabled=False)` selects the BLAS, as everywhere in torch.
     """
-    if x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() and torch._C._get_mkldnn_enabled() and onednn():
+    if x.numel() and _by_onednn(x):
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def arranged(weight: Tensor) -> Tensor:
+    """The weight for many products: with contiguous columns where oneDNN has them, which packs those faster at each of them."""
+    return weight.t().contiguous().t() if _by_onednn(weight) else weight
 
 
 def add_outer_(y: Tensor, w: Number, a: Tensor, b: Tensor) -> Tensor:
@@ -48,6 +53,10 @@ def add_outer_(y: Tensor, w: Number, a: Tensor, b: Tensor) -> Tensor:
         return y.addmm_(a.t(), b, alpha=w)
     # The first operand's transpose is copied: let it be the narrower one.
     return add_(y, w, product(a.t(), b.t()) if a.shape[1] <= b.shape[1] else product(b.t(), a.t()).t())
+
+
+def _by_onednn(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and torch._C._get_mkldnn_enabled() and onednn()
 
 
 @functools.cache

@@ -26,7 +26,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
         return chunked(q, k, v, mask, causal, scale)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     # Without a mask torch takes a row of NaN scores for one with nothing to attend to.
-    if mask is None and bool((lse == 0).any()):
+    if mask is None and not lse.all():
         out += q.sum(-1, keepdim=True) * 0
     return out, lse
 
