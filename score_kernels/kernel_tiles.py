@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from .machine import INTERPRETER, Machine
 from .row_tiles import power_of_two
 from .triton_kernels import attention_configs, transformer_configs
@@ -52,7 +54,7 @@ def tiles(
     return widths[width], BACKWARD[found].get(kind, {}).get(width), machine.too_large(widths[width].shared)
 
 
-def place(table: dict[tuple[int, int, int], SequenceTile], rows: int, columns: int, head: int) -> SequenceTile | None:
+def place(table: Mapping[tuple[int, int, int], SequenceTile | None], rows: int, columns: int, head: int) -> SequenceTile | None:
     """Of the tiles for such groups that have room for this width and these heads the one of the narrowest place."""
     able = [key for key in table if key[0] == rows and key[1] >= columns and key[2] >= head]
     return table[min(able)] if able else None

@@ -24,6 +24,7 @@ from score_kernels.triton_kernels.attention_configs import (
     LONGEST,
     SHORT,
     SequenceTile,
+    Table,
     backward_slots,
     group_rows,
 )
@@ -62,7 +63,7 @@ class Job(NamedTuple):
         return f"{shape} {self.state_tiles} {self.dtype} {self.mask} {self.kind} {self.placement}"
 
 
-def table(kind: str, direction: str) -> dict[int, dict[tuple[int, int, int], SequenceTile]]:
+def table(kind: str, direction: str) -> Table:
     """By family, then by rows of a group, D and features of a head."""
     return SEQUENCES[kind][DIRECTIONS.index(direction)]
 
@@ -117,6 +118,8 @@ def test_the_table():
             # Backward of both halves spills but on the family of sm_90.
             assert (64, 64, 32) in tiles or (kind != "attention" and direction == "backward" and family != 90)
             for (rows, columns, features), tile in tiles.items():
+                if tile is None:
+                    continue
                 assert (tile.rows, tile.features) == (rows, features)
                 assert (tile.hidden > 0) == (kind != "attention")
                 assert rows % tile.tile == 0

@@ -1,8 +1,10 @@
 """Tiles of the attention kernels, by family of architectures, rows, width and features of a head: data, read by the planner.
 
-A tile is in this table when `python tests/test_attention_budgets.py` has compiled it as `configs.py` tells, with every mask and
-option at once and with the solver that has the most state. Packed sequences are not among them: with RK4 at D = 128 they spill
-8 bytes in forward's groups of 128 rows on sm_90, 12 on sm_80. None has been timed.
+A place without an entry takes the tile of the next wider one. A tile is in this table when
+`python tests/test_attention_budgets.py` has compiled it as `configs.py` tells, for all places that take it, with every mask and
+option at once and with the solver that has the most state; None is where that of the next wider place spills. Packed sequences
+are not among them: with RK4 at D = 128 they spill 8 bytes in forward's groups of 128 rows on sm_90, 12 on sm_80. None has been
+timed.
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ class SequenceTile(NamedTuple):
         return f"{shape}, {self.warps} warps, {self.shared / 1024:.0f} KiB shared"
 
 
+# family -> (rows of a group, D padded to a power of two, features of a head likewise) -> tile.
+Table = dict[int, dict[tuple[int, int, int], SequenceTile | None]]
+
 # Tiles (rows, columns) of float32 scratch that a program has; `attention.py`, `iterate_sequences.py` name what waits there.
 FORWARD_SLOTS = 6
 BACKWARD_SLOTS = 15
@@ -39,48 +44,71 @@ SHORT = 32
 # Triton's interpreter has no registers to fit: tiles so small that a sequence has several of them.
 INTERPRETED_TILE = 16
 
-# family -> (rows of a group, D padded to a power of two, features of a head likewise) -> tile of the forward pass, for 16-bit
-# operands and any solver. Operands of 32 bits (tf32) take the tiles of twice the width and twice the features.
-FORWARD: dict[int, dict[tuple[int, int, int], SequenceTile]] = {
+# Of the forward pass, for 16-bit operands and any solver. Operands of 32 bits (tf32) take the tiles of twice the width and of
+# twice the features.
+FORWARD: Table = {
     80: {
-        (64, 64, 16): SequenceTile(64, 64, 16, 8, 2, 18432),
+        (64, 64, 16): SequenceTile(64, 64, 16, 8, 2, 20480),
         (64, 64, 32): SequenceTile(64, 64, 32, 8, 2, 28672),
+        (64, 64, 64): SequenceTile(64, 64, 64, 8, 2, 32768),
         (64, 128, 32): SequenceTile(64, 64, 32, 8, 2, 49152),
+        (64, 128, 64): SequenceTile(64, 64, 64, 8, 2, 81920),
         (128, 64, 32): SequenceTile(128, 32, 32, 8, 1, 34816),
+        (128, 64, 64): SequenceTile(128, 32, 64, 8, 2, 53248),
         (128, 128, 32): SequenceTile(128, 32, 32, 8, 1, 34816),
+        (128, 128, 64): SequenceTile(128, 64, 64, 8, 2, 81920),
     },
     90: {
         (64, 64, 16): SequenceTile(64, 64, 16, 8, 2, 24576),
         (64, 64, 32): SequenceTile(64, 64, 32, 8, 2, 40960),
+        (64, 64, 64): SequenceTile(64, 64, 64, 8, 2, 32768),
         (64, 128, 32): SequenceTile(64, 64, 32, 8, 2, 73728),
+        (64, 128, 64): SequenceTile(64, 64, 64, 8, 2, 131072),
+        (64, 256, 64): SequenceTile(64, 32, 64, 8, 1, 49152),
         (128, 64, 32): SequenceTile(128, 32, 32, 8, 1, 34816),
+        (128, 64, 64): SequenceTile(128, 64, 64, 8, 2, 73728),
         (128, 128, 32): SequenceTile(128, 32, 32, 8, 1, 34816),
+        (128, 128, 64): SequenceTile(128, 64, 64, 8, 2, 131072),
     },
     100: {
         (64, 64, 16): SequenceTile(64, 64, 16, 8, 2, 24720),
         (64, 64, 32): SequenceTile(64, 64, 32, 8, 2, 41200),
+        (64, 64, 64): SequenceTile(64, 64, 64, 4, 2, 24576),
         (64, 128, 32): SequenceTile(64, 64, 32, 8, 2, 73968),
+        (64, 128, 64): SequenceTile(64, 64, 64, 8, 2, 123312),
+        (64, 256, 64): SequenceTile(64, 32, 64, 8, 1, 49152),
         (128, 64, 32): SequenceTile(128, 32, 32, 8, 1, 34816),
+        (128, 64, 64): SequenceTile(128, 64, 64, 8, 2, 73728),
         (128, 128, 32): SequenceTile(128, 32, 32, 8, 1, 34816),
+        (128, 128, 64): SequenceTile(128, 64, 64, 8, 2, 123312),
     },
 }
 
 # The same for the backward pass.
-BACKWARD: dict[int, dict[tuple[int, int, int], SequenceTile]] = {
+BACKWARD: Table = {
     80: {
         (64, 64, 32): SequenceTile(64, 16, 32, 8, 1, 20480),
     },
     90: {
         (64, 64, 16): SequenceTile(64, 16, 16, 8, 1, 13312),
         (64, 64, 32): SequenceTile(64, 16, 32, 4, 1, 22528),
+        (64, 64, 64): SequenceTile(64, 16, 64, 8, 1, 40960),
         (64, 128, 32): SequenceTile(64, 16, 32, 4, 1, 22528),
+        (64, 128, 64): SequenceTile(64, 16, 64, 8, 1, 40960),
+        (64, 256, 32): SequenceTile(64, 16, 32, 8, 1, 24576),
         (128, 64, 32): SequenceTile(128, 16, 32, 8, 1, 45056),
+        (128, 64, 64): SequenceTile(128, 16, 64, 8, 1, 81920),
         (128, 128, 32): SequenceTile(128, 16, 32, 8, 1, 45056),
+        (128, 128, 64): SequenceTile(128, 32, 64, 8, 1, 98304),
     },
     100: {
-        (64, 64, 16): SequenceTile(64, 32, 16, 8, 1, 15360),
+        (64, 64, 16): SequenceTile(64, 32, 16, 8, 1, 18432),
         (64, 64, 32): SequenceTile(64, 16, 32, 4, 1, 22528),
+        (64, 64, 64): SequenceTile(64, 32, 64, 8, 1, 49152),
+        (64, 128, 64): SequenceTile(64, 16, 64, 8, 1, 40960),
+        (128, 64, 64): SequenceTile(128, 32, 64, 8, 1, 98304),
         (128, 128, 32): SequenceTile(128, 16, 32, 8, 1, 45056),
+        (128, 128, 64): SequenceTile(128, 16, 64, 8, 1, 81920),
     },
 }
 
