@@ -44,7 +44,8 @@ def tiles(
     width = _columns(features) * operands
     if kind in SEQUENCES:
         key = (attention_configs.group_rows(tokens), width, _columns(head) * operands)
-        forward, backward = (place(table[found], *key) for table in SEQUENCES[kind])
+        wide = [place(table[found], *key) for table in SEQUENCES[kind]]
+        forward, backward = (tile and tile._replace(features=tile.features // operands) for tile in wide)
         if forward is None:
             return None, None, f"D = {features} with heads of {head} features does not fit in registers for N = {tokens}"
         return forward, backward, machine.too_large(forward.shared)

@@ -81,6 +81,10 @@ class TestCuda(TestHardware):
             pytest.skip(reason)
 
 
+# Heads of 64 features and of 16, D = 256, and what takes the tile of a wider place.
+WIDE = [(40, 64, 1), (128, 128, 2), (50, 256, 4), (128, 256, 4), (128, 128, 8), (97, 24, 2)]
+
+
 class Attention:
     """In 16 bits: with operands of 32 the tiles that there are have narrow heads only."""
 
@@ -90,7 +94,7 @@ class Attention:
     launches = ({"chunk_rows": 128, "programs": 1}, {"chunk_rows": 1 << 16, "programs": 2})
     exact = False
 
-    @pytest.mark.parametrize(("tokens", "features", "heads"), [(64, 64, 4), (65, 48, 2), (100, 100, 4), (128, 128, 4)])
+    @pytest.mark.parametrize(("tokens", "features", "heads"), [(64, 64, 4), (65, 48, 2), (100, 100, 4), (128, 128, 4), *WIDE])
     def test_long_sequences(self, tokens, features, heads, dtype):
         sizes = {"rows": tokens, "features": features, "heads": heads, "layout": "vector"}
         self.compare(self.build(dtype=dtype, **sizes))

@@ -259,6 +259,8 @@ def test_a_place_without_a_tile_takes_that_of_the_next_wider_one(arch):
     assert {heads: tile.features for heads, tile in own.items()} == {2: 32, 4: 16}
     for features, heads, of in ((16, 1, 4), (33, 3, 4), (5, 5, 4), (20, 1, 2), (64, 3, 2), (40, 2, 2)):
         assert plan(**{**call, "features": features // heads * heads, "heads": heads}).forward_tile == own[of]
+    # Operands of 32 bits: half of the features of a head in what a tile is for in 16 bits.
+    assert plan(**{**call, "features": 32, "heads": 2, "dtype": "float32"}).forward_tile == own[2]._replace(features=16)
     wide = plan(**{**call, "features": 128, "heads": 4}).forward_tile
     assert wide.rows == own[2].rows
     assert plan(**{**call, "features": 128, "heads": 8}).forward_tile == wide

@@ -3,8 +3,8 @@
 A place without an entry takes the tile of the next wider one. A tile is in this table when
 `python tests/test_attention_budgets.py` has compiled it as `configs.py` tells, for all places that take it, with every mask and
 option at once and with the solver that has the most state; None is where that of the next wider place spills. Packed sequences
-are not among them: with RK4 at D = 128 they spill 8 bytes in forward's groups of 128 rows on sm_90, 12 on sm_80. None has been
-timed.
+are not among them: on sm_90 some of these tiles spill up to 84 bytes then. Nor is tf32: some spill up to 60 bytes there and
+take up to 4 KiB of shared memory more. None has been timed.
 """
 
 from __future__ import annotations
