@@ -34,7 +34,7 @@ KINDS = tuple(SEQUENCES)
 # Rows of a group, D and features of a head: the powers of two that a call is padded to.
 PLACES = [
     (rows, columns, features)
-    for rows, columns, features in itertools.product((64, LONGEST), (16, 32, 64, 128, 256), (16, 32, 64))
+    for rows, columns, features in itertools.product((64, LONGEST), (16, 32, 64, 128, 256), (16, 32, 64, 128))
     if features <= columns
 ]
 # A transformer's tile is for norms in either place.

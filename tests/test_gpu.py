@@ -81,8 +81,8 @@ class TestCuda(TestHardware):
             pytest.skip(reason)
 
 
-# Heads of 64 features and of 16, D = 256, and what takes the tile of a wider place.
-WIDE = [(40, 64, 1), (128, 128, 2), (50, 256, 4), (128, 256, 4), (128, 128, 8), (97, 24, 2)]
+# Heads of 64 features, of 128 and of 16, D = 256, and what takes the tile of a wider place.
+WIDE = [(40, 64, 1), (128, 128, 2), (50, 256, 4), (128, 256, 4), (64, 256, 2), (128, 128, 8), (97, 24, 2)]
 
 
 class Attention:

@@ -206,8 +206,11 @@ TRANSFORMER = {**CALL, **ATTENTION, "op": "transformer", "machine": GPUS[90], "s
 @pytest.mark.parametrize(
     ("changes", "halves"),
     [
-        ({"features": 128, "heads": 1}, {"mlp": "both"}),
-        ({"features": 256, "heads": 8, "hidden": 1024, "gated": True}, {"attention": "both", "mlp": "forward"}),
+        ({"features": 256, "heads": 1, "hidden": 1024}, {"mlp": "forward"}),
+        (
+            {"features": 256, "heads": 8, "hidden": 1024, "gated": True, "machine": GPUS[100]},
+            {"attention": "forward", "mlp": "forward"},
+        ),
         ({"tokens": 129}, {"mlp": "both"}),
         ({"features": 128, "tokens": 129, "gated": True, "machine": GPUS[80]}, {"mlp": "forward"}),
     ],
