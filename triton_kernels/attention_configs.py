@@ -2,9 +2,9 @@
 
 A place without an entry takes the tile of the next wider one. A tile is in this table when
 `python tests/test_attention_budgets.py` has compiled it as `configs.py` tells, for all places that take it, with every mask and
-option at once and with the solver that has the most state; None is where that of the next wider place spills. Packed sequences
-are not among them: on sm_90 some of these tiles spill up to 84 bytes then. Nor is tf32: some spill up to 60 bytes there and
-take up to 4 KiB of shared memory more. None has been timed.
+option at once and with the solver that has the most state; None is where that of the next wider place does not fit. Packed
+sequences are not among them: on sm_90 some of these tiles spill up to 84 bytes then. Nor is tf32: some spill up to 60 bytes
+there and take up to 4 KiB of shared memory more. None has been timed.
 """
 
 from __future__ import annotations
@@ -53,10 +53,15 @@ FORWARD: Table = {
         (64, 64, 64): SequenceTile(64, 64, 64, 8, 2, 32768),
         (64, 128, 32): SequenceTile(64, 64, 32, 8, 2, 49152),
         (64, 128, 64): SequenceTile(64, 64, 64, 8, 2, 81920),
+        (64, 128, 128): SequenceTile(64, 32, 128, 8, 2, 45056),
+        (64, 256, 128): SequenceTile(64, 32, 128, 8, 1, 73728),
         (128, 64, 32): SequenceTile(128, 32, 32, 8, 1, 34816),
         (128, 64, 64): SequenceTile(128, 32, 64, 8, 2, 53248),
         (128, 128, 32): SequenceTile(128, 32, 32, 8, 1, 34816),
         (128, 128, 64): SequenceTile(128, 64, 64, 8, 2, 81920),
+        (128, 128, 128): SequenceTile(128, 32, 128, 8, 2, 90112),
+        (128, 256, 64): None,
+        (128, 256, 128): SequenceTile(128, 32, 128, 8, 1, 90112),
     },
     90: {
         (64, 64, 16): SequenceTile(64, 64, 16, 8, 2, 24576),
@@ -80,11 +85,15 @@ FORWARD: Table = {
         (64, 64, 64): SequenceTile(64, 64, 64, 4, 2, 24576),
         (64, 128, 32): SequenceTile(64, 64, 32, 8, 2, 73968),
         (64, 128, 64): SequenceTile(64, 64, 64, 8, 2, 123312),
+        (64, 128, 128): SequenceTile(64, 64, 128, 8, 2, 53248),
         (64, 256, 64): SequenceTile(64, 32, 64, 8, 1, 49152),
+        (64, 256, 128): SequenceTile(64, 32, 128, 8, 1, 73728),
         (128, 64, 32): SequenceTile(128, 32, 32, 8, 1, 34816),
         (128, 64, 64): SequenceTile(128, 64, 64, 8, 2, 73728),
         (128, 128, 32): SequenceTile(128, 32, 32, 8, 1, 34816),
         (128, 128, 64): SequenceTile(128, 64, 64, 8, 2, 123312),
+        (128, 128, 128): SequenceTile(128, 64, 128, 8, 2, 98304),
+        (128, 256, 128): SequenceTile(128, 32, 128, 8, 1, 90112),
     },
 }
 
