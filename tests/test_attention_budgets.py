@@ -186,11 +186,12 @@ def fitting(family: int, direction: str, kind: str, columns: int, features: int,
 
 
 def search(family: int, direction: str, kind: str, key: tuple[int, int, int]) -> Iterator[SequenceTile]:
-    """Tiles for a place of the table, the ones with the most rows at a time first."""
+    """Tiles for a place of the table, the ones with the most rows at a time first; also such that pad the heads to more."""
     rows, columns, features = key
     chunks = (0,) if kind == "attention" else (64, 32, 16)
-    for rows_at_a_time, hidden, warps, pipeline in itertools.product((64, 32, 16), chunks, (8, 4), (2, 1)):
-        tile = SequenceTile(rows, rows_at_a_time, features, warps, pipeline, 0, hidden)
+    padded = [width for width in (16, 32, 64, 128) if width >= features]
+    for rows_at_a_time, width, hidden, warps, pipeline in itertools.product((64, 32, 16), padded, chunks, (8, 4), (2, 1)):
+        tile = SequenceTile(rows, rows_at_a_time, width, warps, pipeline, 0, hidden)
         if found := fitting(family, direction, kind, columns, features, tile):
             yield found
 

@@ -86,7 +86,7 @@ WIDE = [(40, 64, 1), (128, 128, 2), (50, 256, 4), (128, 256, 4), (64, 256, 2), (
 
 
 class Attention:
-    """In 16 bits: with operands of 32 the tiles that there are have narrow heads only."""
+    """In 16 bits, which the tiles are for."""
 
     device = "cuda"
     dtypes = HALVES

@@ -427,6 +427,7 @@ def change(folder: Path, mutant: Mutant) -> None:
     count = text.count(mutant.old)
     assert count == 1, f"{mutant.old!r} is {count} times in triton_kernels/{mutant.file}: bring the table MUTANTS up to date"
     path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    # Python tells by the second and the size whether it is of the text, which may be the same for a mistake.
     for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*"):
         compiled.unlink()
 
